@@ -1,0 +1,12 @@
+"""Fused kernels for networks with GroupNorm and weight-standardized convolutions.
+
+`StdConv2d` and `GroupNorm` are drop-ins for nn.Conv2d and nn.GroupNorm, `functional` holds the
+functions beneath them, `backends()` tells what serves them on this machine.
+"""
+
+from bit_kernels import functional
+from bit_kernels.backends import backends
+from bit_kernels.modules import GroupNorm, StdConv2d
+
+__all__ = ["GroupNorm", "StdConv2d", "backends", "functional"]
+__version__ = "0.1.0"

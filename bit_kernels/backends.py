@@ -1,0 +1,70 @@
+"""Which implementation serves a call, and why: the only place that chooses."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from bit_kernels import _library
+
+# In order of preference.
+NAMES = ("cpp", "reference")
+
+_CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_told: set[tuple[str, str]] = set()
+
+
+def _why_not_cpp(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return f"there is no kernel for device type {device_type!r} yet"
+    if dtype not in _CPP_DTYPES:
+        return f"the CPU kernels take float32, bfloat16 and float16, not {dtype}"
+    return _library.why_not
+
+
+def choose(op: str, input: Tensor, backend: str | None = None) -> str:
+    """The name of the implementation that serves `op` on `input`.
+
+    Args:
+        op: the op's name, for messages.
+        input: the tensor whose device and dtype decide.
+        backend: None to choose, or one of `NAMES` to insist on it.
+
+    Raises:
+        ValueError: `backend` is no such name, or can't serve this call; the message says why.
+    """
+    if backend == "reference":
+        return "reference"
+    why_not = _why_not_cpp(input.device.type, input.dtype)
+    if backend is None:
+        if why_not is None:
+            return "cpp"
+        if not torch.compiler.is_compiling() and (op, why_not) not in _told:
+            _told.add((op, why_not))
+            warnings.warn(
+                f"bit_kernels.{op} runs as plain PyTorch, without a fused kernel: {why_not}",
+                stacklevel=3,
+            )
+        return "reference"
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}; it may be None or one of {NAMES}")
+    if why_not is not None:
+        raise ValueError(f"backend {backend!r} can't serve bit_kernels.{op}: {why_not}")
+    return backend
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What serves each op here: {op: {device and dtype: implementation, or why it is plain}}."""
+    report = {}
+    for op in ("group_norm_relu", "standardize_weight"):
+        rows = {}
+        for device_type in ("cpu", "cuda"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                why_not = _why_not_cpp(device_type, dtype)
+                name = str(dtype).removeprefix("torch.")
+                rows[f"{device_type} {name}"] = (
+                    f"cpp ({_library.native.isa()})" if why_not is None else f"reference: {why_not}"
+                )
+        report[op] = rows
+    return report

@@ -1,0 +1,142 @@
+"""Weight standardization: (w - mean) * rstd for each output channel's kernel.
+
+mean and rstd = 1 / sqrt(var + eps) are taken over (C_in, *kernel), with the biased variance and eps
+inside the root, as in Big Transfer's release (Qiao et al., arXiv 1903.10520; arXiv 1912.11370).
+
+Memory passes: 2 forward (read w, write the result), 3 backward (read w and the gradient, write
+dw). Kept for backward: w and the float32 statistics (C_out,).
+
+Implementations: csrc/cpu/standardize_weight.cpp, bit_kernels/reference.py.
+"""
+
+import torch
+from torch import Tensor
+
+from bit_kernels import backends, reference
+from bit_kernels.ops._layout import empty_output
+from bit_kernels.ops._library import library
+
+library.define(
+    "standardize_weight(Tensor weight, float eps) -> (Tensor output, Tensor mean, Tensor rstd)"
+)
+library.define(
+    "standardize_weight_backward(Tensor grad_output, Tensor weight, Tensor mean, Tensor rstd) "
+    "-> Tensor grad_weight"
+)
+_forward_op = torch.ops.bit_kernels.standardize_weight.default
+_backward_op = torch.ops.bit_kernels.standardize_weight_backward.default
+
+
+def standardize_weight(
+    weight: Tensor, eps: float = 1e-10, *, backend: str | None = None
+) -> Tensor:
+    """Each output channel's kernel with mean 0 and variance 1.
+
+    >>> w = standardize_weight(torch.randn(64, 3, 7, 7))
+    >>> w.mean((1, 2, 3)).abs().max() < 1e-6
+    tensor(True)
+
+    Args:
+        weight: (C_out, C_in, *kernel), floating, contiguous or channels_last (anything else is
+            copied first). Keep it in float32 and cast the result: half types lose small kernels.
+        eps: added to the variance, inside the root.
+        backend: None chooses; "cpp" or "reference" insists.
+
+    Returns:
+        The weight's shape, dtype and layout.
+
+    Deterministic: the same input gives the same bits, whatever the number of threads. Statistics
+    are float32 or wider. Double backward runs as plain PyTorch.
+
+    Raises:
+        ValueError: the weight's shape or dtype is none of these.
+    """
+    _check(weight)
+    if backends.choose("standardize_weight", weight, backend) == "reference":
+        return reference.standardize_weight(weight, eps)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _forward_op(weight, eps)[0]
+    # One Python node costs less than the dispatcher's path to the same backward.
+    return _StandardizeWeight.apply(weight, eps)[0]
+
+
+def _check(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"weight has dtype {weight.dtype}; it may be a floating dtype")
+    if weight.dim() < 2:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it must be (C_out, C_in, *kernel)"
+        )
+
+
+@torch.library.register_fake("bit_kernels::standardize_weight", lib=library)
+def _fake(weight, eps):
+    _check(weight)
+    statistics = weight.new_empty((weight.shape[0],), dtype=torch.float32)
+    return empty_output(weight), statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("bit_kernels::standardize_weight_backward", lib=library)
+def _backward_fake(grad_output, weight, mean, rstd):
+    return empty_output(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    weight, eps = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(weight, mean, rstd)
+    ctx.eps = eps
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, _grad_mean, _grad_rstd):
+    weight, mean, rstd = ctx.saved_tensors
+    if grad_output is None:
+        return None, None
+    if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+        (grad,) = reference.gradients(
+            lambda w: reference.standardize_weight(w, ctx.eps), (weight,), grad_output
+        )
+        return grad, None
+    return _backward_op(grad_output, weight, mean, rstd), None
+
+
+class _StandardizeWeight(torch.autograd.Function):
+    forward = staticmethod(lambda *inputs: _forward_op(*inputs))
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+torch.library.register_autograd(
+    "bit_kernels::standardize_weight", _backward, setup_context=_setup_context, lib=library
+)
+
+
+# Where no kernel is registered for a device, the op itself still runs.
+
+
+def _plain(weight, eps):
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+    var, mean = torch.var_mean(wide, 1, correction=0)
+    output = reference.standardize_weight(weight, eps)
+    return (
+        empty_output(weight).copy_(output),
+        mean.to(torch.float32),
+        torch.rsqrt(var + eps).to(torch.float32),
+    )
+
+
+def _plain_backward(grad_output, weight, mean, rstd):
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    shape = (-1,) + (1,) * (weight.dim() - 1)
+    axes = tuple(range(1, weight.dim()))
+    scale = rstd.to(wide).reshape(shape)
+    normal = (weight.to(wide) - mean.to(wide).reshape(shape)) * scale
+    grad = grad_output.to(wide)
+    plain, along = grad.mean(axes, keepdim=True), (grad * normal).mean(axes, keepdim=True)
+    return empty_output(weight).copy_(scale * (grad - plain - normal * along))
+
+
+library.impl("standardize_weight", _plain, "CompositeExplicitAutograd")
+library.impl("standardize_weight_backward", _plain_backward, "CompositeExplicitAutograd")

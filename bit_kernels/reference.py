@@ -1,0 +1,46 @@
+"""What each op computes: one plain PyTorch function an op, right in any dtype up to float64.
+
+Every kernel of this package is tested against these functions in float64, and where no kernel
+can serve a call these functions serve it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm_relu(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    relu: bool = True,
+) -> Tensor:
+    """max(0, (x - mean) / sqrt(var + eps) * weight + bias), statistics over each sample's groups."""
+    output = F.group_norm(input, num_groups, weight, bias, eps)
+    return F.relu(output) if relu else output
+
+
+def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
+    """(w - mean) / sqrt(var + eps) for each output channel, with the biased variance.
+
+    Half types are computed in float32: an eps of 1e-10 is zero in float16.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    axes = tuple(range(1, weight.dim()))
+    var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+    return ((wide - mean) * torch.rsqrt(var + eps)).to(weight.dtype)
+
+
+def gradients(function, inputs, grad_output: Tensor) -> list[Tensor | None]:
+    """The gradients of function(*inputs), differentiable themselves.
+
+    `inputs` may hold None for an absent parameter; the gradient of what needs none is None.
+    """
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        output = function(*inputs)
+    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]

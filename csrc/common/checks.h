@@ -1,0 +1,90 @@
+// What op implementations ask of their tensors before they touch memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "element.h"
+
+namespace bit_kernels {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Element element_of(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " is not on the CPU");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Element::kFloat32;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    case ScalarType::Half: return Element::kFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": ", name,
+                  " has a dtype without a CPU kernel; it may be float32, bfloat16 or float16");
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == like.scalar_type(), op, ": ", name,
+                  " differs from the input in device or dtype");
+  STD_TORCH_CHECK(tensor.dim() == like.dim(), op, ": ", name, " has ", tensor.dim(),
+                  " dimensions, the input ", like.dim());
+  for (int64_t d = 0; d < like.dim(); ++d)
+    STD_TORCH_CHECK(tensor.size(d) == like.size(d), op, ": ", name, " has size ", tensor.size(d),
+                    " in dimension ", d, ", the input ", like.size(d));
+}
+
+inline void check_statistics(const char* op, const char* name, const Tensor& tensor,
+                             int64_t count) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float &&
+                      tensor.is_contiguous() && tensor.numel() == count,
+                  op, ": ", name, " must be a contiguous float32 CPU tensor of ", count,
+                  " elements, as the forward returned it");
+}
+
+// channels_last where channels are innermost and the tensor is not plainly contiguous: the rule of
+// bit_kernels/ops/_layout.py, which the fakes follow.
+inline MemoryFormat memory_format(const Tensor& input) {
+  const int64_t dims = input.dim();
+  if ((dims == 4 || dims == 5) && !input.is_contiguous() && input.stride(1) == 1)
+    return dims == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  return MemoryFormat::Contiguous;
+}
+
+inline Tensor empty_floats(std::vector<int64_t> size) {
+  return torch::stable::empty(size, ScalarType::Float);
+}
+
+// A vector of `count` floats from an optional parameter of any floating dtype.
+class Parameter {
+ public:
+  Parameter(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t count,
+            float otherwise) {
+    if (!tensor) {
+      filled_.assign(count, otherwise);
+      return;
+    }
+    STD_TORCH_CHECK(tensor->is_cpu(), op, ": ", name, " is not on the CPU");
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count, op, ": ", name,
+                    " must have shape (", count, ",)");
+    tensor_ = tensor->scalar_type() == ScalarType::Float
+                  ? *tensor
+                  : torch::stable::to(*tensor, ScalarType::Float);
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
+  }
+  const float* data() const {
+    return tensor_ ? tensor_->const_data_ptr<float>() : filled_.data();
+  }
+
+ private:
+  std::optional<Tensor> tensor_;
+  std::vector<float> filled_;
+};
+
+}  // namespace bit_kernels

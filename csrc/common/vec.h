@@ -1,0 +1,261 @@
+// The vector type that kernels are written in, one width per instruction set.
+//
+// A kernel file is compiled once per instruction set (setup.py), each time with another
+// BIT_KERNELS_ISA and the compiler's flags for it; `isa.h` picks one at run time. Everything here
+// lives in that namespace, so no inline function of one build can be linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "element.h"
+
+namespace bit_kernels {
+namespace BIT_KERNELS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A NaN stays a NaN, as in torch.relu.
+inline Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
+
+// The gradient where the output was positive (or NaN), as torch's threshold_backward.
+inline Vec where_active(Vec output, Vec gradient) { return output <= Vec{} ? Vec{} : gradient; }
+
+inline float sum_lanes(Vec v) {
+  float lane[kLanes];
+  memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+inline Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+inline Vec load(const BFloat16* p) {
+  HalfBits half;
+  memcpy(&half, p, sizeof half);
+  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+}
+
+inline HalfBits to_bfloat16(Vec v) {
+  Bits bits = (Bits)v;
+  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  Bits quiet_nan = Bits{} + 0x7fc0u;
+  rounded = v != v ? quiet_nan : rounded;
+  return __builtin_convertvector(rounded, HalfBits);
+}
+
+#if defined(__AVX512F__)
+inline Vec load(const Float16* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+inline HalfBits to_float16(Vec v) {
+  return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+inline Vec load(const Float16* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+inline HalfBits to_float16(Vec v) {
+  return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// IEEE half by integer steps, for processors without a conversion instruction. Multiplying by a
+// power of two moves the exponent and lets the float unit handle subnormals.
+inline Vec load(const Float16* p) {
+  HalfBits half;
+  memcpy(&half, p, sizeof half);
+  Bits wide = __builtin_convertvector(half, Bits);
+  Bits sign = (wide & 0x8000u) << 16, magnitude = (wide & 0x7fffu) << 13;
+  Vec scaled = (Vec)magnitude * 0x1p112f;
+  Bits special = magnitude | 0x7f800000u;
+  Bits bits = magnitude >= 0x0f800000u ? special : (Bits)scaled;
+  return (Vec)(bits | sign);
+}
+inline HalfBits to_float16(Vec v) {
+  Bits bits = (Bits)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  Bits normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 leaves a subnormal half in the low bits, rounded to nearest even by the addition.
+  Bits subnormal = (Bits)((Vec)magnitude + 0.5f) - 0x3f000000u;
+  Bits half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : half;
+  return __builtin_convertvector(half | sign, HalfBits);
+}
+#endif
+
+inline HalfBits narrow(const BFloat16*, Vec v) { return to_bfloat16(v); }
+inline HalfBits narrow(const Float16*, Vec v) { return to_float16(v); }
+
+template <class Half>
+inline void store(Half* p, Vec v) {
+  HalfBits half = narrow(p, v);
+  memcpy(p, &half, sizeof half);
+}
+
+// `count` elements (fewer than kLanes), the lanes beyond them holding `fill`.
+template <class T>
+inline Vec load_first(const T* p, int64_t count, float fill = 0) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, count * sizeof(T));
+  float lane[kLanes];
+  Vec v = load(padded);
+  memcpy(lane, &v, sizeof v);
+  for (int64_t i = count; i < kLanes; ++i) lane[i] = fill;
+  return load(lane);
+}
+
+template <class T>
+inline void store_first(T* p, Vec v, int64_t count) {
+  T padded[kLanes];
+  store(padded, v);
+  memcpy(p, padded, count * sizeof(T));
+}
+
+// Past the cache: the line is not read before it is written. `p` must be aligned to what one
+// vector stores, and `finish_streaming` must follow before another thread reads.
+inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+
+template <class Half>
+inline void stream(Half* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)narrow(p, v));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)narrow(p, v));
+#else
+  store(p, v);
+#endif
+}
+
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// How a loop over `n` elements sees one vector of them: whole, or the first `count` lanes.
+struct Whole {
+  template <class T>
+  Vec load(const T* p) const { return BIT_KERNELS_ISA::load(p); }
+  template <bool kStream, class T>
+  void store(T* p, Vec v) const {
+    if (kStream)
+      BIT_KERNELS_ISA::stream(p, v);
+    else
+      BIT_KERNELS_ISA::store(p, v);
+  }
+};
+struct Part {
+  int64_t count;
+  template <class T>
+  Vec load(const T* p) const { return load_first(p, count); }
+  template <bool kStream, class T>
+  void store(T* p, Vec v) const { store_first(p, v, count); }
+};
+
+template <class Body>
+inline void for_vectors(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
+  if (i < n) body(i, Part{n - i});
+}
+
+// Elements from `p` to the next address that a streaming store of one vector may take.
+template <class T>
+inline int64_t to_alignment(const T* p) {
+  const uintptr_t size = kLanes * sizeof(T);
+  return static_cast<int64_t>((size - reinterpret_cast<uintptr_t>(p) % size) % size / sizeof(T));
+}
+
+// y[i] = f(i) for a run, the first and last vector overlapping their neighbours.
+template <bool kStream, class T, class F>
+inline void write_run(T* y, int64_t n, const F& f) {
+  if (n < kLanes) {
+    if (n > 0) store_first(y, f(int64_t{0}, Part{n}), n);
+    return;
+  }
+  int64_t i = 0;
+  if (kStream && to_alignment(y) > 0) {
+    store(y, f(int64_t{0}, Whole{}));
+    i = to_alignment(y);
+  }
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int u = 0; u < 4; ++u)
+      Whole{}.template store<kStream>(y + i + u * kLanes, f(i + u * kLanes, Whole{}));
+  for (; i + kLanes <= n; i += kLanes) Whole{}.template store<kStream>(y + i, f(i, Whole{}));
+  if (i < n) store(y + n - kLanes, f(n - kLanes, Whole{}));
+}
+
+// Calls body(of) with `of.type` the element type that `element` names.
+template <class T>
+struct Of {
+  using type = T;
+};
+template <class Body>
+inline void with_element(Element element, const Body& body) {
+  switch (element) {
+    case Element::kFloat32: return body(Of<float>{});
+    case Element::kBFloat16: return body(Of<BFloat16>{});
+    case Element::kFloat16: return body(Of<Float16>{});
+  }
+}
+
+// Memory that a kernel needs for a moment, in whole vectors so that loads may run past the end.
+struct Scratch {
+  float* data;
+  explicit Scratch(int64_t n) : data(new float[(n + kLanes) / kLanes * kLanes]) {}
+  ~Scratch() { delete[] data; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+}  // namespace BIT_KERNELS_ISA
+}  // namespace bit_kernels

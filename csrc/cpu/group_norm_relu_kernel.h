@@ -1,0 +1,572 @@
+// GroupNorm and ReLU on a CPU, forward and backward, in both memory layouts.
+//
+//   y = max(0, (x - mean) * rstd * weight + bias)       (the max only with relu)
+//
+// What is normalised together is read twice, the second time from cache where it fits: 2 passes
+// over memory forward (read x, write y), 3 backward (read x and dy, write dx). The ReLU's mask is
+// recomputed from x by the formula of the forward.
+//
+// Work is cut into chunks whose bounds depend on the shape alone, and chunks are combined in
+// order, so that any number of threads gives the same bits. Threads take whole groups (samples
+// in channels_last) as far as these divide evenly, and share the chunks of those that are left.
+#pragma once
+
+#include "../common/parallel.h"
+#include "../common/vec.h"
+#include "../common/welford.h"
+#include "kernels.h"
+
+namespace bit_kernels {
+namespace BIT_KERNELS_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Units that threads take whole; the rest is shared.
+inline int64_t whole_units(int64_t units, bool parallel) {
+  return parallel ? units - units % num_threads() : units;
+}
+
+// What the elements of one channel need: y = (x - mean) * scale + bias, cut at `floor`.
+struct Affine {
+  Vec mean, scale, bias, floor;
+  Vec linear(Vec x) const { return multiply_add(x - mean, scale, bias); }
+  Vec output(Vec x) const {
+    Vec y = linear(x);
+    return y < floor ? floor : y;  // a NaN stays
+  }
+  Vec active(Vec x, Vec gradient) const { return linear(x) <= floor ? Vec{} : gradient; }
+};
+
+// What turns the gradient of the output into that of the input.
+struct Gradient {
+  Affine affine;
+  Vec slope, offset;  // dx = scale * g + slope * (x - mean) + offset
+  Vec input(Vec x, Vec grad_output) const {
+    Vec g = affine.active(x, grad_output);
+    return multiply_add(affine.scale, g, multiply_add(slope, x - affine.mean, offset));
+  }
+};
+
+// slope and offset of a group from sum(g * weight) and sum(g * weight * (x - mean)).
+struct GroupGradient {
+  float slope, offset;
+  GroupGradient(double sum, double sum_centred, float rstd, double count)
+      : slope(static_cast<float>(-rstd * double{rstd} * rstd * sum_centred / count)),
+        offset(static_cast<float>(-rstd * sum / count)) {}
+};
+
+// ---- contiguous: a group is one run of memory, a channel a run of `pixels` in it
+
+constexpr int64_t kRunChunk = 4 * kMomentsChunk;
+
+template <class T>
+struct Contiguous {
+  const GroupNormShape& shape;
+  const int64_t width = shape.channels / shape.groups, size = width * shape.pixels;
+
+  Affine affine(int64_t channel, float mean, float rstd, const float* weight,
+                const float* bias) const {
+    return {broadcast(mean), broadcast(rstd * weight[channel]), broadcast(bias[channel]),
+            broadcast(shape.relu ? 0 : -kInfinity)};
+  }
+
+  template <bool kStream>
+  void forward(const T* x, const float* weight, const float* bias, double eps, T* y, float* mean,
+               float* rstd) const {
+    auto apply = [&](int64_t channel_of_all, int64_t begin, int64_t end) {
+      const int64_t group = channel_of_all / width;
+      const Affine f = affine(channel_of_all % shape.channels, mean[group], rstd[group], weight,
+                              bias);
+      const T* in = x + channel_of_all * shape.pixels + begin;
+      write_run<kStream>(y + channel_of_all * shape.pixels + begin, end - begin,
+                         [&](int64_t i, auto part) { return f.output(part.load(in + i)); });
+    };
+    auto keep = [&](int64_t group, const Moments& m) {
+      mean[group] = static_cast<float>(m.mean);
+      rstd[group] = reciprocal_root(m, eps);
+    };
+
+    const int64_t groups = shape.samples * shape.groups;
+    const bool parallel = groups * size >= kParallelElements;
+    const int64_t whole = whole_units(groups, parallel);
+    parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        keep(group, moments(x + group * size, size));
+        for (int64_t c = group * width; c < (group + 1) * width; ++c) apply(c, 0, shape.pixels);
+      }
+      if (kStream) finish_streaming();
+    });
+
+    const int64_t rest = groups - whole, chunks = divide_up(size, kMomentsChunk);
+    Moments* part = new Moments[rest * chunks];
+    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t start = i % chunks * kMomentsChunk;
+        part[i] = chunk_moments(x + (whole + i / chunks) * size + start,
+                                minimum(kMomentsChunk, size - start));
+      }
+    });
+    for (int64_t group = 0; group < rest; ++group) {
+      Moments all = {0, 0, 0};
+      for (int64_t k = 0; k < chunks; ++k) all = merge(all, part[group * chunks + k]);
+      keep(whole + group, all);
+    }
+    delete[] part;
+    const int64_t runs = divide_up(shape.pixels, kRunChunk);
+    parallel_for(rest * width * runs, parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t start = i % runs * kRunChunk;
+        apply(whole * width + i / runs, start, minimum(start + kRunChunk, shape.pixels));
+      }
+      if (kStream) finish_streaming();
+    });
+  }
+
+  // sum(g) and sum(g * (x - mean)) over a run.
+  struct Sums {
+    float plain, centred;
+  };
+  static Sums sums(const Affine& f, const T* x, const T* dy, int64_t n) {
+    constexpr int kUnroll = 2;
+    Vec plain[kUnroll] = {}, centred[kUnroll] = {};
+    auto add = [&](int u, Vec input, Vec grad) {
+      Vec g = f.active(input, grad);
+      plain[u] += g;
+      centred[u] = multiply_add(g, input - f.mean, centred[u]);
+    };
+    int64_t i = 0;
+    for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
+      for (int u = 0; u < kUnroll; ++u) add(u, load(x + i + u * kLanes), load(dy + i + u * kLanes));
+    for (; i + kLanes <= n; i += kLanes) add(0, load(x + i), load(dy + i));
+    // Lanes past the end carry no gradient.
+    if (i < n) add(1, load_first(x + i, n - i), load_first(dy + i, n - i));
+    return {sum_lanes(plain[0] + plain[1]), sum_lanes(centred[0] + centred[1])};
+  }
+
+  // sums: (samples, 2, channels), sum(g) and sum(g * (x - mean)) of each channel.
+  template <bool kStream>
+  void backward(const T* dy, const T* x, const float* mean, const float* rstd,
+                const float* weight, const float* bias, T* dx, float* channel_sums) const {
+    auto sums_of = [&](int64_t channel_of_all, int64_t begin, int64_t end) {
+      const int64_t group = channel_of_all / width, at = channel_of_all * shape.pixels + begin;
+      const Affine f = affine(channel_of_all % shape.channels, mean[group], rstd[group], weight,
+                              bias);
+      return sums(f, x + at, dy + at, end - begin);
+    };
+    auto keep = [&](int64_t channel_of_all, float plain, float centred) {
+      float* out = channel_sums + channel_of_all / shape.channels * 2 * shape.channels +
+                   channel_of_all % shape.channels;
+      out[0] = plain;
+      out[shape.channels] = centred;
+    };
+    auto group_gradient = [&](int64_t group) {
+      double plain = 0, centred = 0;
+      const int64_t first = group % shape.groups * width;
+      const float* in = channel_sums + group / shape.groups * 2 * shape.channels;
+      for (int64_t c = first; c < first + width; ++c) {
+        plain += double{in[c]} * weight[c];
+        centred += double{in[c + shape.channels]} * weight[c];
+      }
+      return GroupGradient(plain, centred, rstd[group], static_cast<double>(size));
+    };
+    auto apply = [&](int64_t channel_of_all, const GroupGradient& of_group, int64_t begin,
+                     int64_t end) {
+      const int64_t group = channel_of_all / width, at = channel_of_all * shape.pixels + begin;
+      const Gradient f = {
+          affine(channel_of_all % shape.channels, mean[group], rstd[group], weight, bias),
+          broadcast(of_group.slope), broadcast(of_group.offset)};
+      write_run<kStream>(dx + at, end - begin, [&](int64_t i, auto part) {
+        return f.input(part.load(x + at + i), part.load(dy + at + i));
+      });
+    };
+
+    const int64_t groups = shape.samples * shape.groups;
+    const int64_t runs = divide_up(shape.pixels, kRunChunk);
+    const bool parallel = groups * size >= kParallelElements;
+    const int64_t whole = whole_units(groups, parallel);
+    auto run_sums = [&](int64_t channel_of_all, int64_t run) {
+      const int64_t start = run * kRunChunk;
+      return sums_of(channel_of_all, start, minimum(start + kRunChunk, shape.pixels));
+    };
+    parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+          Sums all = {0, 0};
+          for (int64_t run = 0; run < runs; ++run) {
+            const Sums part = run_sums(c, run);
+            all = {all.plain + part.plain, all.centred + part.centred};
+          }
+          keep(c, all.plain, all.centred);
+        }
+        const GroupGradient of_group = group_gradient(group);
+        for (int64_t c = group * width; c < (group + 1) * width; ++c)
+          apply(c, of_group, 0, shape.pixels);
+      }
+      if (kStream) finish_streaming();
+    });
+
+    const int64_t first = whole * width, rest = (groups - whole) * width;
+    Sums* part = new Sums[rest * runs];
+    parallel_for(rest * runs, parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) part[i] = run_sums(first + i / runs, i % runs);
+    });
+    for (int64_t c = 0; c < rest; ++c) {
+      Sums all = {0, 0};
+      for (int64_t run = 0; run < runs; ++run) {
+        all.plain += part[c * runs + run].plain;
+        all.centred += part[c * runs + run].centred;
+      }
+      keep(first + c, all.plain, all.centred);
+    }
+    delete[] part;
+    parallel_for(rest * runs, parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t c = first + i / runs, start = i % runs * kRunChunk;
+        apply(c, group_gradient(c / width), start, minimum(start + kRunChunk, shape.pixels));
+      }
+      if (kStream) finish_streaming();
+    });
+  }
+};
+
+// ---- channels_last: a pixel is one run of memory, read in rows of all channels
+
+// Rows that one walk over the channels takes together, so that what belongs to a channel is
+// loaded once for all of them. Memory is still read in order.
+constexpr int kRows = 4;
+
+template <class T>
+struct ChannelsLast {
+  const GroupNormShape& shape;
+  const int64_t channels = shape.channels, width = channels / shape.groups;
+  const int64_t chunk = chunk_pixels(), chunks = divide_up(shape.pixels, chunk);
+
+  int64_t chunk_pixels() const {
+    const int64_t pixels = 32768 / channels;
+    return pixels < 64 ? 64 : pixels > 256 ? 256 : pixels;
+  }
+  int64_t chunk_size(int64_t k) const { return minimum(chunk, shape.pixels - k * chunk); }
+
+  // body(channel, part, pixel, rows): `rows` is kRows or 1 and known to the compiler.
+  template <class Body>
+  void walk(int64_t pixels, const Body& body) const {
+    int64_t p = 0;
+    for (; p + kRows <= pixels; p += kRows)
+      for_vectors(channels, [&](int64_t c, auto part) {
+        body(c, part, p, [] { return kRows; });
+      });
+    for (; p < pixels; ++p)
+      for_vectors(channels, [&](int64_t c, auto part) {
+        body(c, part, p, [] { return 1; });
+      });
+  }
+
+  // out: one Moments a group. scratch: 3 * channels.
+  void chunk_moments_of(const T* x, int64_t pixels, float* scratch, Moments* out) const {
+    float *shift = scratch, *sum = shift + channels, *squares = sum + channels;
+    for_vectors(channels, [&](int64_t c, auto part) {
+      part.template store<false>(shift + c, part.load(x + c));
+      part.template store<false>(sum + c, Vec{});
+      part.template store<false>(squares + c, Vec{});
+    });
+    walk(pixels, [&](int64_t c, auto part, int64_t p, auto rows) {
+      const Vec k = part.load(shift + c);
+      Vec s = part.load(sum + c), q = part.load(squares + c);
+      for (int r = 0; r < rows(); ++r) {
+        const Vec d = part.load(x + (p + r) * channels + c) - k;
+        s += d;
+        q = multiply_add(d, d, q);
+      }
+      part.template store<false>(sum + c, s);
+      part.template store<false>(squares + c, q);
+    });
+    const Vec per_pixel = broadcast(1.0f / pixels);
+    for_vectors(channels, [&](int64_t c, auto part) {
+      const Vec s = part.load(sum + c), offset = s * per_pixel;
+      part.template store<false>(shift + c, part.load(shift + c) + offset);
+      part.template store<false>(squares + c, relu(part.load(squares + c) - s * offset));
+    });
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      float total = 0, within = 0, between = 0;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        total += shift[c];
+        within += squares[c];
+      }
+      const float mean = total / width;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c)
+        between += (shift[c] - mean) * (shift[c] - mean);
+      out[g] = {double(pixels * width), mean, double{within} + double(pixels) * between};
+    }
+  }
+
+  // parameters: mean, scale, bias of each channel of one sample (then slope and offset).
+  void fill_affine(const float* mean, const float* rstd, const float* weight, const float* bias,
+                   float* parameters) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      parameters[c] = mean[c / width];
+      parameters[channels + c] = rstd[c / width] * weight[c];
+      parameters[2 * channels + c] = bias[c];
+    }
+  }
+  template <class P>
+  Affine affine(const float* parameters, int64_t c, P part) const {
+    return {part.load(parameters + c), part.load(parameters + channels + c),
+            part.load(parameters + 2 * channels + c), broadcast(shape.relu ? 0 : -kInfinity)};
+  }
+
+  template <bool kStream>
+  void forward(const T* x, const float* weight, const float* bias, double eps, T* y, float* mean,
+               float* rstd) const {
+    const int64_t sample_size = channels * shape.pixels, groups = shape.groups;
+    auto combine = [&](int64_t n, const Moments* part) {
+      for (int64_t g = 0; g < groups; ++g) {
+        Moments all = {0, 0, 0};
+        for (int64_t k = 0; k < chunks; ++k) all = merge(all, part[k * groups + g]);
+        mean[n * groups + g] = static_cast<float>(all.mean);
+        rstd[n * groups + g] = reciprocal_root(all, eps);
+      }
+    };
+    auto apply = [&](int64_t n, int64_t k, const float* parameters) {
+      const int64_t at = n * sample_size + k * chunk * channels;
+      walk(chunk_size(k), [&](int64_t c, auto part, int64_t p, auto rows) {
+        const Affine f = affine(parameters, c, part);
+        for (int r = 0; r < rows(); ++r) {
+          const int64_t i = at + (p + r) * channels + c;
+          part.template store<kStream>(y + i, f.output(part.load(x + i)));
+        }
+      });
+    };
+
+    const bool parallel = shape.samples * sample_size >= kParallelElements;
+    const int64_t whole = whole_units(shape.samples, parallel);
+    parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
+      Scratch scratch(3 * channels);
+      Moments* part = new Moments[chunks * groups];
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t k = 0; k < chunks; ++k)
+          chunk_moments_of(x + n * sample_size + k * chunk * channels, chunk_size(k),
+                           scratch.data, part + k * groups);
+        combine(n, part);
+        fill_affine(mean + n * groups, rstd + n * groups, weight, bias, scratch.data);
+        // Backwards: what was read last is still in the cache.
+        for (int64_t k = chunks - 1; k >= 0; --k) apply(n, k, scratch.data);
+      }
+      delete[] part;
+      if (kStream) finish_streaming();
+    });
+
+    const int64_t rest = shape.samples - whole;
+    if (rest == 0) return;
+    Moments* part = new Moments[rest * chunks * groups];
+    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
+      Scratch scratch(3 * channels);
+      for (int64_t i = begin; i < end; ++i)
+        chunk_moments_of(x + (whole + i / chunks) * sample_size + i % chunks * chunk * channels,
+                         chunk_size(i % chunks), scratch.data, part + i * groups);
+    });
+    for (int64_t n = 0; n < rest; ++n) combine(whole + n, part + n * chunks * groups);
+    delete[] part;
+    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
+      Scratch parameters(3 * channels);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = whole + i / chunks;
+        if (i == begin || i % chunks == 0)
+          fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
+        apply(n, i % chunks, parameters.data);
+      }
+      if (kStream) finish_streaming();
+    });
+  }
+
+  // sums: 2 * channels, sum(g) and sum(g * (x - mean)) over the pixels of a chunk.
+  void chunk_sums(const T* x, const T* dy, int64_t pixels, const float* parameters,
+                  float* sums) const {
+    for_vectors(2 * channels, [&](int64_t c, auto part) {
+      part.template store<false>(sums + c, Vec{});
+    });
+    walk(pixels, [&](int64_t c, auto part, int64_t p, auto rows) {
+      const Affine f = affine(parameters, c, part);
+      Vec plain = part.load(sums + c), centred = part.load(sums + channels + c);
+      for (int r = 0; r < rows(); ++r) {
+        const int64_t i = (p + r) * channels + c;
+        const Vec input = part.load(x + i), g = f.active(input, part.load(dy + i));
+        plain += g;
+        centred = multiply_add(g, input - f.mean, centred);
+      }
+      part.template store<false>(sums + c, plain);
+      part.template store<false>(sums + channels + c, centred);
+    });
+  }
+
+  template <bool kStream>
+  void backward(const T* dy, const T* x, const float* mean, const float* rstd,
+                const float* weight, const float* bias, T* dx, float* channel_sums) const {
+    const int64_t sample_size = channels * shape.pixels, groups = shape.groups;
+    auto add = [&](const float* sums, float* total) {
+      for_vectors(2 * channels, [&](int64_t c, auto part) {
+        part.template store<false>(total + c, part.load(total + c) + part.load(sums + c));
+      });
+    };
+    // parameters: 5 * channels; the last two of them are filled here.
+    auto fill_gradient = [&](int64_t n, float* parameters) {
+      const float *plain = channel_sums + n * 2 * channels, *centred = plain + channels;
+      for (int64_t g = 0; g < groups; ++g) {
+        double sum = 0, sum_centred = 0;
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          sum += double{plain[c]} * weight[c];
+          sum_centred += double{centred[c]} * weight[c];
+        }
+        const GroupGradient of_group(sum, sum_centred, rstd[n * groups + g],
+                                     static_cast<double>(width * shape.pixels));
+        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+          parameters[3 * channels + c] = of_group.slope;
+          parameters[4 * channels + c] = of_group.offset;
+        }
+      }
+    };
+    auto apply = [&](int64_t n, int64_t k, const float* parameters) {
+      const int64_t at = n * sample_size + k * chunk * channels;
+      walk(chunk_size(k), [&](int64_t c, auto part, int64_t p, auto rows) {
+        const Gradient f = {affine(parameters, c, part), part.load(parameters + 3 * channels + c),
+                            part.load(parameters + 4 * channels + c)};
+        for (int r = 0; r < rows(); ++r) {
+          const int64_t i = at + (p + r) * channels + c;
+          part.template store<kStream>(dx + i, f.input(part.load(x + i), part.load(dy + i)));
+        }
+      });
+    };
+    auto zero = [&](float* total) {
+      for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
+    };
+
+    const bool parallel = shape.samples * sample_size >= kParallelElements;
+    const int64_t whole = whole_units(shape.samples, parallel);
+    parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
+      Scratch parameters(5 * channels), sums(2 * channels);
+      for (int64_t n = begin; n < end; ++n) {
+        float* total = channel_sums + n * 2 * channels;
+        fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
+        zero(total);
+        for (int64_t k = 0; k < chunks; ++k) {
+          const int64_t at = n * sample_size + k * chunk * channels;
+          chunk_sums(x + at, dy + at, chunk_size(k), parameters.data, sums.data);
+          add(sums.data, total);
+        }
+        fill_gradient(n, parameters.data);
+        for (int64_t k = chunks - 1; k >= 0; --k) apply(n, k, parameters.data);
+      }
+      if (kStream) finish_streaming();
+    });
+
+    const int64_t rest = shape.samples - whole;
+    if (rest == 0) return;
+    Scratch sums(rest * chunks * 2 * channels);
+    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
+      Scratch parameters(3 * channels);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = whole + i / chunks;
+        const int64_t at = n * sample_size + i % chunks * chunk * channels;
+        if (i == begin || i % chunks == 0)
+          fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
+        chunk_sums(x + at, dy + at, chunk_size(i % chunks), parameters.data,
+                   sums.data + i * 2 * channels);
+      }
+    });
+    for (int64_t n = whole; n < shape.samples; ++n) {
+      zero(channel_sums + n * 2 * channels);
+      for (int64_t k = 0; k < chunks; ++k)
+        add(sums.data + ((n - whole) * chunks + k) * 2 * channels, channel_sums + n * 2 * channels);
+    }
+    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
+      Scratch parameters(5 * channels);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = whole + i / chunks;
+        if (i == begin || i % chunks == 0) {
+          fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
+          fill_gradient(n, parameters.data);
+        }
+        apply(n, i % chunks, parameters.data);
+      }
+      if (kStream) finish_streaming();
+    });
+  }
+};
+
+// ---- entry points
+
+// Whether every vector of the output may be streamed: long rows of channels_last must start
+// aligned; runs of the contiguous layout find their own alignment.
+template <class T>
+bool streams(const GroupNormShape& shape, const T* output) {
+  const int64_t size = shape.samples * shape.channels * shape.pixels;
+  if (size * static_cast<int64_t>(sizeof(T)) < kStreamBytes) return false;
+  return !shape.channels_last || (shape.channels % kLanes == 0 && to_alignment(output) == 0);
+}
+
+template <class T>
+void forward(const GroupNormShape& shape, const T* x, const float* weight, const float* bias,
+             double eps, T* y, float* mean, float* rstd) {
+  auto run = [&](auto kernel) {
+    if (streams(shape, y))
+      kernel.template forward<true>(x, weight, bias, eps, y, mean, rstd);
+    else
+      kernel.template forward<false>(x, weight, bias, eps, y, mean, rstd);
+  };
+  shape.channels_last ? run(ChannelsLast<T>{shape}) : run(Contiguous<T>{shape});
+}
+
+template <class T>
+void backward(const GroupNormShape& shape, const T* dy, const T* x, const float* mean,
+              const float* rstd, const float* weight, const float* bias, T* dx,
+              float* grad_weight, float* grad_bias) {
+  const int64_t channels = shape.channels, width = channels / shape.groups;
+  Scratch sums(shape.samples * 2 * channels);
+  auto run = [&](auto kernel) {
+    if (streams(shape, dx))
+      kernel.template backward<true>(dy, x, mean, rstd, weight, bias, dx, sums.data);
+    else
+      kernel.template backward<false>(dy, x, mean, rstd, weight, bias, dx, sums.data);
+  };
+  shape.channels_last ? run(ChannelsLast<T>{shape}) : run(Contiguous<T>{shape});
+  const bool parallel = shape.samples * 2 * channels >= kParallelElements;
+  parallel_for(channels, parallel, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) grad_weight[c] = grad_bias[c] = 0;
+    for (int64_t n = 0; n < shape.samples; ++n) {
+      const float *plain = sums.data + n * 2 * channels, *centred = plain + channels;
+      for (int64_t c = begin; c < end; ++c) {
+        grad_bias[c] += plain[c];
+        grad_weight[c] += centred[c] * rstd[n * shape.groups + c / width];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void group_norm_relu(const GroupNormShape& shape, Element element, const void* input,
+                     const float* weight, const float* bias, double eps, void* output,
+                     float* mean, float* rstd) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    forward(shape, static_cast<const T*>(input), weight, bias, eps, static_cast<T*>(output),
+            mean, rstd);
+  });
+}
+
+void group_norm_relu_backward(const GroupNormShape& shape, Element element,
+                              const void* grad_output, const void* input, const float* mean,
+                              const float* rstd, const float* weight, const float* bias,
+                              void* grad_input, float* grad_weight, float* grad_bias) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    backward(shape, static_cast<const T*>(grad_output), static_cast<const T*>(input), mean, rstd,
+             weight, bias, static_cast<T*>(grad_input), grad_weight, grad_bias);
+  });
+}
+
+}  // namespace BIT_KERNELS_ISA
+}  // namespace bit_kernels

@@ -1,0 +1,43 @@
+// The CPU kernels on raw pointers, as each instruction set's build offers them.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/element.h"
+
+namespace bit_kernels {
+
+// input (samples, channels, pixels), or (samples, pixels, channels) with channels_last.
+// Statistics are (samples, groups), float32.
+struct GroupNormShape {
+  int64_t samples, channels, groups, pixels;
+  bool channels_last, relu;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // weight and bias hold `channels` floats.
+  void (*group_norm_relu)(const GroupNormShape&, Element, const void* input, const float* weight,
+                          const float* bias, double eps, void* output, float* mean, float* rstd);
+  void (*group_norm_relu_backward)(const GroupNormShape&, Element, const void* grad_output,
+                                   const void* input, const float* mean, const float* rstd,
+                                   const float* weight, const float* bias, void* grad_input,
+                                   float* grad_weight, float* grad_bias);
+
+  // weight (rows, columns); mean and rstd hold `rows` floats.
+  void (*standardize_weight)(int64_t rows, int64_t columns, Element, const void* weight,
+                             double eps, void* output, float* mean, float* rstd);
+  void (*standardize_weight_backward)(int64_t rows, int64_t columns, Element,
+                                      const void* grad_output, const void* weight,
+                                      const float* mean, const float* rstd, void* grad_weight);
+};
+
+// The fastest build that this processor runs, chosen once.
+const Kernels& kernels();
+
+// Outputs past this size are streamed to memory: they would push out of the caches what the next
+// layer reads, and a plain store reads each line before it writes it.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+}  // namespace bit_kernels

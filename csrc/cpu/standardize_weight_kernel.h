@@ -1,0 +1,94 @@
+// Weight standardization on a CPU: each output channel's kernel is one row of memory.
+//
+//   y = (w - mean) * rstd,   dw = rstd * (dy - mean(dy) - y * mean(dy * y))
+//
+// A row stays in cache between its two reads: 2 passes over memory forward, 3 backward.
+#pragma once
+
+#include "../common/parallel.h"
+#include "../common/vec.h"
+#include "../common/welford.h"
+#include "kernels.h"
+
+namespace bit_kernels {
+namespace BIT_KERNELS_ISA {
+namespace {
+
+template <class T>
+void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weight, double eps,
+                      T* output, float* mean, float* rstd) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* w = weight + row * columns;
+    T* y = output + row * columns;
+    const Moments m = moments(w, columns);
+    mean[row] = static_cast<float>(m.mean);
+    rstd[row] = reciprocal_root(m, eps);
+    const Vec shift = broadcast(mean[row]), scale = broadcast(rstd[row]);
+    write_run<false>(y, columns,
+                     [&](int64_t i, auto part) { return (part.load(w + i) - shift) * scale; });
+  }
+}
+
+template <class T>
+void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, const T* grad_output,
+                               const T* weight, const float* mean, const float* rstd,
+                               T* grad_weight) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T *dy = grad_output + row * columns, *w = weight + row * columns;
+    const Vec shift = broadcast(mean[row]);
+    double plain = 0, centred = 0;
+    for (int64_t at = 0; at < columns; at += kMomentsChunk) {
+      const int64_t n = columns - at < kMomentsChunk ? columns - at : kMomentsChunk;
+      Vec g_sum[2] = {}, gw_sum[2] = {};
+      auto add = [&](int u, Vec g, Vec w) {
+        g_sum[u] += g;
+        gw_sum[u] = multiply_add(g, w - shift, gw_sum[u]);
+      };
+      int64_t i = at;
+      for (; i + 2 * kLanes <= at + n; i += 2 * kLanes)
+        for (int u = 0; u < 2; ++u) add(u, load(dy + i + u * kLanes), load(w + i + u * kLanes));
+      for_vectors(at + n - i, [&](int64_t k, auto part) {
+        add(0, part.load(dy + i + k), part.load(w + i + k));
+      });
+      plain += sum_lanes(g_sum[0] + g_sum[1]);
+      centred += sum_lanes(gw_sum[0] + gw_sum[1]);
+    }
+    const double scale = rstd[row];
+    const Vec scales = broadcast(rstd[row]);
+    const Vec slope = broadcast(static_cast<float>(-scale * scale * scale * centred / columns));
+    const Vec mean_gradient = broadcast(static_cast<float>(plain / columns));
+    write_run<false>(grad_weight + row * columns, columns, [&](int64_t i, auto part) {
+      const Vec d = part.load(w + i) - shift;
+      return multiply_add(scales, part.load(dy + i) - mean_gradient, slope * d);
+    });
+  }
+}
+
+}  // namespace
+
+void standardize_weight(int64_t rows, int64_t columns, Element element, const void* weight,
+                        double eps, void* output, float* mean, float* rstd) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    parallel_for(rows, rows * columns >= kParallelElements, [&](int64_t begin, int64_t end) {
+      standardize_rows(begin, end, columns, static_cast<const T*>(weight), eps,
+                       static_cast<T*>(output), mean, rstd);
+    });
+  });
+}
+
+void standardize_weight_backward(int64_t rows, int64_t columns, Element element,
+                                 const void* grad_output, const void* weight, const float* mean,
+                                 const float* rstd, void* grad_weight) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    parallel_for(rows, rows * columns >= kParallelElements, [&](int64_t begin, int64_t end) {
+      standardize_rows_backward(begin, end, columns, static_cast<const T*>(grad_output),
+                                static_cast<const T*>(weight), mean, rstd,
+                                static_cast<T*>(grad_weight));
+    });
+  });
+}
+
+}  // namespace BIT_KERNELS_ISA
+}  // namespace bit_kernels

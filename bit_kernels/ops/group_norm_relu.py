@@ -12,9 +12,10 @@ Implementations: csrc/cpu/group_norm_relu.cpp, bit_kernels/reference.py.
 import torch
 from torch import Tensor
 
-from bit_kernels import backends, reference
+from bit_kernels import reference
+from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-from bit_kernels.ops._library import library
+from bit_kernels.ops._library import call_kernel, library
 
 library.define(
     "group_norm_relu(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
@@ -65,10 +66,12 @@ def group_norm_relu(
         ValueError: an argument's shape, dtype or device is none of these.
     """
     _check(input, num_groups, weight, bias)
-    if backends.choose("group_norm_relu", input, backend) == "reference":
+    if choose("group_norm_relu", input, backend) == "reference":
         return reference.group_norm_relu(input, num_groups, weight, bias, eps, relu=relu)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return _forward_op(input, num_groups, weight, bias, eps, relu)[0]
+    if not torch.is_grad_enabled():
+        return call_kernel(_forward_op, input, num_groups, weight, bias, eps, relu)[0]
     # One Python node costs less than the dispatcher's path to the same backward.
     return _GroupNormReLU.apply(input, num_groups, weight, bias, eps, relu)[0]
 
@@ -151,8 +154,12 @@ def _backward(ctx, grad_output, _grad_mean, _grad_rstd):
 
 
 class _GroupNormReLU(torch.autograd.Function):
-    forward = staticmethod(lambda *inputs: _forward_op(*inputs))
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = call_kernel(_forward_op, *inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_backward)
 
 

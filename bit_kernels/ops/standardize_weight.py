@@ -12,9 +12,10 @@ Implementations: csrc/cpu/standardize_weight.cpp, bit_kernels/reference.py.
 import torch
 from torch import Tensor
 
-from bit_kernels import backends, reference
+from bit_kernels import reference
+from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-from bit_kernels.ops._library import library
+from bit_kernels.ops._library import call_kernel, library
 
 library.define(
     "standardize_weight(Tensor weight, float eps) -> (Tensor output, Tensor mean, Tensor rstd)"
@@ -52,10 +53,12 @@ def standardize_weight(
         ValueError: the weight's shape or dtype is none of these.
     """
     _check(weight)
-    if backends.choose("standardize_weight", weight, backend) == "reference":
+    if choose("standardize_weight", weight, backend) == "reference":
         return reference.standardize_weight(weight, eps)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return _forward_op(weight, eps)[0]
+    if not torch.is_grad_enabled():
+        return call_kernel(_forward_op, weight, eps)[0]
     # One Python node costs less than the dispatcher's path to the same backward.
     return _StandardizeWeight.apply(weight, eps)[0]
 
@@ -103,8 +106,12 @@ def _backward(ctx, grad_output, _grad_mean, _grad_rstd):
 
 
 class _StandardizeWeight(torch.autograd.Function):
-    forward = staticmethod(lambda *inputs: _forward_op(*inputs))
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = call_kernel(_forward_op, *inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_backward)
 
 

@@ -150,8 +150,7 @@ inline void store_first(T* p, Vec v, int64_t count) {
   memcpy(p, padded, count * sizeof(T));
 }
 
-// Past the cache: the line is not read before it is written. `p` must be aligned to what one
-// vector stores, and `finish_streaming` must follow before another thread reads.
+// Past the cache: the line is not read before it is written. `p` must be aligned to one vector, and `finish_streaming` must follow before another thread reads.
 inline void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);
@@ -208,30 +207,30 @@ inline void for_vectors(int64_t n, const Body& body) {
   if (i < n) body(i, Part{n - i});
 }
 
-// Elements from `p` to the next address that a streaming store of one vector may take.
+constexpr int64_t kLineBytes = 64;
+
+// Elements from `p` to the next cache line.
 template <class T>
-inline int64_t to_alignment(const T* p) {
-  const uintptr_t size = kLanes * sizeof(T);
-  return static_cast<int64_t>((size - reinterpret_cast<uintptr_t>(p) % size) % size / sizeof(T));
+inline int64_t to_line(const T* p) {
+  const uintptr_t past = reinterpret_cast<uintptr_t>(p) % kLineBytes;
+  return past == 0 ? 0 : static_cast<int64_t>((kLineBytes - past) / sizeof(T));
 }
 
-// y[i] = f(i) for a run, the first and last vector overlapping their neighbours.
+// y[i] = f(i) for a run. Streamed: whole lines past the cache, the rest stored.
 template <bool kStream, class T, class F>
 inline void write_run(T* y, int64_t n, const F& f) {
-  if (n < kLanes) {
-    if (n > 0) store_first(y, f(int64_t{0}, Part{n}), n);
-    return;
-  }
   int64_t i = 0;
-  if (kStream && to_alignment(y) > 0) {
-    store(y, f(int64_t{0}, Whole{}));
-    i = to_alignment(y);
+  if (kStream) {
+    const int64_t head = to_line(y) < n ? to_line(y) : n;
+    for (; i + kLanes <= head; i += kLanes) store(y + i, f(i, Whole{}));
+    if (i < head) store_first(y + i, f(i, Part{head - i}), head - i);
+    i = head;
+    constexpr int64_t kLine = kLineBytes / sizeof(T);
+    for (; i + kLine <= n; i += kLine)
+      for (int64_t k = 0; k < kLine; k += kLanes) stream(y + i + k, f(i + k, Whole{}));
   }
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int u = 0; u < 4; ++u)
-      Whole{}.template store<kStream>(y + i + u * kLanes, f(i + u * kLanes, Whole{}));
-  for (; i + kLanes <= n; i += kLanes) Whole{}.template store<kStream>(y + i, f(i, Whole{}));
-  if (i < n) store(y + n - kLanes, f(n - kLanes, Whole{}));
+  for (; i + kLanes <= n; i += kLanes) store(y + i, f(i, Whole{}));
+  if (i < n) store_first(y + i, f(i, Part{n - i}), n - i);
 }
 
 // Calls body(of) with `of.type` the element type that `element` names.

@@ -63,7 +63,8 @@ Moments moments(const T* x, int64_t n) {
 }
 
 inline float reciprocal_root(const Moments& m, double eps) {
-  return static_cast<float>(1.0 / __builtin_sqrt(m.deviations / m.count + eps));
+  const double variance = m.count > 0 ? m.deviations / m.count : 0;
+  return static_cast<float>(1.0 / __builtin_sqrt(variance + eps));
 }
 
 }  // namespace BIT_KERNELS_ISA

@@ -30,6 +30,12 @@ inline int64_t whole_units(int64_t units, bool parallel) {
   return parallel ? units - units % num_threads() : units;
 }
 
+// What outputs are cut at: 0 with the ReLU, nothing without.
+struct Floor {
+  Vec value;
+  explicit Floor(bool relu) : value(broadcast(relu ? 0 : -kInfinity)) {}
+};
+
 // What the elements of one channel need: y = (x - mean) * scale + bias, cut at `floor`.
 struct Affine {
   Vec mean, scale, bias, floor;
@@ -61,28 +67,32 @@ struct GroupGradient {
 
 // ---- contiguous: a group is one run of memory, a channel a run of `pixels` in it
 
-constexpr int64_t kRunChunk = 4 * kMomentsChunk;
-
 template <class T>
 struct Contiguous {
   const GroupNormShape& shape;
   const int64_t width = shape.channels / shape.groups, size = width * shape.pixels;
 
-  Affine affine(int64_t channel, float mean, float rstd, const float* weight,
-                const float* bias) const {
-    return {broadcast(mean), broadcast(rstd * weight[channel]), broadcast(bias[channel]),
-            broadcast(shape.relu ? 0 : -kInfinity)};
+  // A channel of one sample: `channel` counts over all samples, `in_sample` within its own.
+  struct Channel {
+    int64_t channel, in_sample, group;
+  };
+  Channel channel_of(int64_t channel) const {
+    return {channel, channel % shape.channels, channel / width};
+  }
+  template <class Body>
+  void for_channels(int64_t group, const Body& body) const {
+    const int64_t first = group * width, in_sample = group % shape.groups * width;
+    for (int64_t c = 0; c < width; ++c) body(Channel{first + c, in_sample + c, group});
   }
 
   template <bool kStream>
   void forward(const T* x, const float* weight, const float* bias, double eps, T* y, float* mean,
                float* rstd) const {
-    auto apply = [&](int64_t channel_of_all, int64_t begin, int64_t end) {
-      const int64_t group = channel_of_all / width;
-      const Affine f = affine(channel_of_all % shape.channels, mean[group], rstd[group], weight,
-                              bias);
-      const T* in = x + channel_of_all * shape.pixels + begin;
-      write_run<kStream>(y + channel_of_all * shape.pixels + begin, end - begin,
+    const Floor floor(shape.relu);
+    auto apply = [&](Channel c, int64_t begin, int64_t end) {
+      const Affine f = affine(c, mean, rstd, weight, bias, floor);
+      const T* in = x + c.channel * shape.pixels + begin;
+      write_run<kStream>(y + c.channel * shape.pixels + begin, end - begin,
                          [&](int64_t i, auto part) { return f.output(part.load(in + i)); });
     };
     auto keep = [&](int64_t group, const Moments& m) {
@@ -96,12 +106,13 @@ struct Contiguous {
     parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         keep(group, moments(x + group * size, size));
-        for (int64_t c = group * width; c < (group + 1) * width; ++c) apply(c, 0, shape.pixels);
+        for_channels(group, [&](Channel c) { apply(c, 0, shape.pixels); });
       }
       if (kStream) finish_streaming();
     });
 
     const int64_t rest = groups - whole, chunks = divide_up(size, kMomentsChunk);
+    if (rest == 0) return;
     Moments* part = new Moments[rest * chunks];
     parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -116,11 +127,12 @@ struct Contiguous {
       keep(whole + group, all);
     }
     delete[] part;
-    const int64_t runs = divide_up(shape.pixels, kRunChunk);
+    const int64_t runs = divide_up(shape.pixels, kMomentsChunk);
     parallel_for(rest * width * runs, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t start = i % runs * kRunChunk;
-        apply(whole * width + i / runs, start, minimum(start + kRunChunk, shape.pixels));
+        const int64_t start = i % runs * kMomentsChunk;
+        apply(channel_of(whole * width + i / runs), start,
+              minimum(start + kMomentsChunk, shape.pixels));
       }
       if (kStream) finish_streaming();
     });
@@ -128,10 +140,14 @@ struct Contiguous {
 
   // sum(g) and sum(g * (x - mean)) over a run.
   struct Sums {
-    float plain, centred;
+    double plain, centred;
+    void operator+=(Sums other) {
+      plain += other.plain;
+      centred += other.centred;
+    }
   };
   static Sums sums(const Affine& f, const T* x, const T* dy, int64_t n) {
-    constexpr int kUnroll = 2;
+    constexpr int kUnroll = 4;
     Vec plain[kUnroll] = {}, centred[kUnroll] = {};
     auto add = [&](int u, Vec input, Vec grad) {
       Vec g = f.active(input, grad);
@@ -144,100 +160,93 @@ struct Contiguous {
     for (; i + kLanes <= n; i += kLanes) add(0, load(x + i), load(dy + i));
     // Lanes past the end carry no gradient.
     if (i < n) add(1, load_first(x + i, n - i), load_first(dy + i, n - i));
-    return {sum_lanes(plain[0] + plain[1]), sum_lanes(centred[0] + centred[1])};
+    return {sum_lanes((plain[0] + plain[1]) + (plain[2] + plain[3])),
+            sum_lanes((centred[0] + centred[1]) + (centred[2] + centred[3]))};
   }
 
   // sums: (samples, 2, channels), sum(g) and sum(g * (x - mean)) of each channel.
   template <bool kStream>
   void backward(const T* dy, const T* x, const float* mean, const float* rstd,
-                const float* weight, const float* bias, T* dx, float* channel_sums) const {
-    auto sums_of = [&](int64_t channel_of_all, int64_t begin, int64_t end) {
-      const int64_t group = channel_of_all / width, at = channel_of_all * shape.pixels + begin;
-      const Affine f = affine(channel_of_all % shape.channels, mean[group], rstd[group], weight,
-                              bias);
-      return sums(f, x + at, dy + at, end - begin);
+                const float* weight, const float* bias, T* dx, double* channel_sums) const {
+    const int64_t runs = divide_up(shape.pixels, kMomentsChunk);
+    const Floor floor(shape.relu);
+    auto run_sums = [&](Channel c, int64_t run) {
+      const int64_t start = run * kMomentsChunk, at = c.channel * shape.pixels + start;
+      return sums(affine(c, mean, rstd, weight, bias, floor), x + at, dy + at,
+                  minimum(kMomentsChunk, shape.pixels - start));
     };
-    auto keep = [&](int64_t channel_of_all, float plain, float centred) {
-      float* out = channel_sums + channel_of_all / shape.channels * 2 * shape.channels +
-                   channel_of_all % shape.channels;
-      out[0] = plain;
-      out[shape.channels] = centred;
+    auto keep = [&](Channel c, Sums all) {
+      double* out = channel_sums + (c.channel - c.in_sample) * 2 + c.in_sample;
+      out[0] = all.plain;
+      out[shape.channels] = all.centred;
     };
     auto group_gradient = [&](int64_t group) {
       double plain = 0, centred = 0;
       const int64_t first = group % shape.groups * width;
-      const float* in = channel_sums + group / shape.groups * 2 * shape.channels;
+      const double* in = channel_sums + group / shape.groups * 2 * shape.channels;
       for (int64_t c = first; c < first + width; ++c) {
-        plain += double{in[c]} * weight[c];
-        centred += double{in[c + shape.channels]} * weight[c];
+        plain += in[c] * weight[c];
+        centred += in[c + shape.channels] * weight[c];
       }
       return GroupGradient(plain, centred, rstd[group], static_cast<double>(size));
     };
-    auto apply = [&](int64_t channel_of_all, const GroupGradient& of_group, int64_t begin,
-                     int64_t end) {
-      const int64_t group = channel_of_all / width, at = channel_of_all * shape.pixels + begin;
-      const Gradient f = {
-          affine(channel_of_all % shape.channels, mean[group], rstd[group], weight, bias),
-          broadcast(of_group.slope), broadcast(of_group.offset)};
+    auto apply = [&](Channel c, const GroupGradient& of_group, int64_t begin, int64_t end) {
+      const int64_t at = c.channel * shape.pixels + begin;
+      const Gradient f = {affine(c, mean, rstd, weight, bias, floor), broadcast(of_group.slope),
+                          broadcast(of_group.offset)};
       write_run<kStream>(dx + at, end - begin, [&](int64_t i, auto part) {
         return f.input(part.load(x + at + i), part.load(dy + at + i));
       });
     };
 
     const int64_t groups = shape.samples * shape.groups;
-    const int64_t runs = divide_up(shape.pixels, kRunChunk);
     const bool parallel = groups * size >= kParallelElements;
     const int64_t whole = whole_units(groups, parallel);
-    auto run_sums = [&](int64_t channel_of_all, int64_t run) {
-      const int64_t start = run * kRunChunk;
-      return sums_of(channel_of_all, start, minimum(start + kRunChunk, shape.pixels));
-    };
     parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        for (int64_t c = group * width; c < (group + 1) * width; ++c) {
+        for_channels(group, [&](Channel c) {
           Sums all = {0, 0};
-          for (int64_t run = 0; run < runs; ++run) {
-            const Sums part = run_sums(c, run);
-            all = {all.plain + part.plain, all.centred + part.centred};
-          }
-          keep(c, all.plain, all.centred);
-        }
+          for (int64_t run = 0; run < runs; ++run) all += run_sums(c, run);
+          keep(c, all);
+        });
         const GroupGradient of_group = group_gradient(group);
-        for (int64_t c = group * width; c < (group + 1) * width; ++c)
-          apply(c, of_group, 0, shape.pixels);
+        for_channels(group, [&](Channel c) { apply(c, of_group, 0, shape.pixels); });
       }
       if (kStream) finish_streaming();
     });
 
     const int64_t first = whole * width, rest = (groups - whole) * width;
+    if (rest == 0) return;
     Sums* part = new Sums[rest * runs];
     parallel_for(rest * runs, parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) part[i] = run_sums(first + i / runs, i % runs);
+      for (int64_t i = begin; i < end; ++i)
+        part[i] = run_sums(channel_of(first + i / runs), i % runs);
     });
     for (int64_t c = 0; c < rest; ++c) {
       Sums all = {0, 0};
-      for (int64_t run = 0; run < runs; ++run) {
-        all.plain += part[c * runs + run].plain;
-        all.centred += part[c * runs + run].centred;
-      }
-      keep(first + c, all.plain, all.centred);
+      for (int64_t run = 0; run < runs; ++run) all += part[c * runs + run];
+      keep(channel_of(first + c), all);
     }
     delete[] part;
     parallel_for(rest * runs, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = first + i / runs, start = i % runs * kRunChunk;
-        apply(c, group_gradient(c / width), start, minimum(start + kRunChunk, shape.pixels));
+        const Channel c = channel_of(first + i / runs);
+        const int64_t start = i % runs * kMomentsChunk;
+        apply(c, group_gradient(c.group), start, minimum(start + kMomentsChunk, shape.pixels));
       }
       if (kStream) finish_streaming();
     });
   }
+
+ private:
+  static Affine affine(Channel c, const float* mean, const float* rstd, const float* weight,
+                       const float* bias, Floor floor) {
+    return {broadcast(mean[c.group]), broadcast(rstd[c.group] * weight[c.in_sample]),
+            broadcast(bias[c.in_sample]), floor.value};
+  }
 };
 
 // ---- channels_last: a pixel is one run of memory, read in rows of all channels
-
-// Rows that one walk over the channels takes together, so that what belongs to a channel is
-// loaded once for all of them. Memory is still read in order.
-constexpr int kRows = 4;
 
 template <class T>
 struct ChannelsLast {
@@ -251,38 +260,56 @@ struct ChannelsLast {
   }
   int64_t chunk_size(int64_t k) const { return minimum(chunk, shape.pixels - k * chunk); }
 
-  // body(channel, part, pixel, rows): `rows` is kRows or 1 and known to the compiler.
+  // body(channel, part, element) along `pixels` rows. Row by row: memory is read in order, and
+  // several rows at once would share cache sets, being a power of two apart.
   template <class Body>
   void walk(int64_t pixels, const Body& body) const {
-    int64_t p = 0;
-    for (; p + kRows <= pixels; p += kRows)
-      for_vectors(channels, [&](int64_t c, auto part) {
-        body(c, part, p, [] { return kRows; });
-      });
-    for (; p < pixels; ++p)
-      for_vectors(channels, [&](int64_t c, auto part) {
-        body(c, part, p, [] { return 1; });
-      });
+    for (int64_t p = 0; p < pixels; ++p)
+      for_vectors(channels, [&](int64_t c, auto part) { body(c, part, p * channels + c); });
   }
 
-  // out: one Moments a group. scratch: 3 * channels.
+  // total = the sum over `pixels` rows of two numbers a channel, body(channel, part, element)
+  // giving both. A few rows are summed at a time: float32 sums of long rows drift.
+  template <class Body>
+  void sum_rows(int64_t pixels, float* block, float* total, const Body& body) const {
+    constexpr int64_t kBlock = 16;
+    zero(total);
+    for (int64_t first = 0; first < pixels; first += kBlock) {
+      zero(block);
+      walk(minimum(kBlock, pixels - first), [&](int64_t c, auto part, int64_t i) {
+        const Pair pair = body(c, part, first * channels + i);
+        part.template store<false>(block + c, part.load(block + c) + pair.first);
+        part.template store<false>(block + channels + c,
+                                   part.load(block + channels + c) + pair.second);
+      });
+      add(block, total);
+    }
+  }
+  struct Pair {
+    Vec first, second;
+  };
+  template <class Number>
+  void zero(Number* sums) const {
+    for (int64_t c = 0; c < 2 * channels; ++c) sums[c] = 0;
+  }
+  template <class Number>
+  void add(const float* sums, Number* total) const {
+    for (int64_t c = 0; c < 2 * channels; ++c) total[c] += sums[c];
+  }
+
+  // out: one Moments a group. scratch: 5 * channels.
   void chunk_moments_of(const T* x, int64_t pixels, float* scratch, Moments* out) const {
     float *shift = scratch, *sum = shift + channels, *squares = sum + channels;
+    // About a mean of four pixels, so that one that stands out does not cost the others' digits.
+    const int64_t step = pixels / 4 * channels;
     for_vectors(channels, [&](int64_t c, auto part) {
-      part.template store<false>(shift + c, part.load(x + c));
-      part.template store<false>(sum + c, Vec{});
-      part.template store<false>(squares + c, Vec{});
+      const Vec two = part.load(x + c) + part.load(x + c + step);
+      const Vec other_two = part.load(x + c + 2 * step) + part.load(x + c + 3 * step);
+      part.template store<false>(shift + c, (two + other_two) * broadcast(0.25f));
     });
-    walk(pixels, [&](int64_t c, auto part, int64_t p, auto rows) {
-      const Vec k = part.load(shift + c);
-      Vec s = part.load(sum + c), q = part.load(squares + c);
-      for (int r = 0; r < rows(); ++r) {
-        const Vec d = part.load(x + (p + r) * channels + c) - k;
-        s += d;
-        q = multiply_add(d, d, q);
-      }
-      part.template store<false>(sum + c, s);
-      part.template store<false>(squares + c, q);
+    sum_rows(pixels, squares + channels, sum, [&](int64_t c, auto part, int64_t i) {
+      const Vec d = part.load(x + i) - part.load(shift + c);
+      return Pair{d, d * d};
     });
     const Vec per_pixel = broadcast(1.0f / pixels);
     for_vectors(channels, [&](int64_t c, auto part) {
@@ -313,15 +340,16 @@ struct ChannelsLast {
     }
   }
   template <class P>
-  Affine affine(const float* parameters, int64_t c, P part) const {
+  Affine affine(const float* parameters, int64_t c, P part, Floor floor) const {
     return {part.load(parameters + c), part.load(parameters + channels + c),
-            part.load(parameters + 2 * channels + c), broadcast(shape.relu ? 0 : -kInfinity)};
+            part.load(parameters + 2 * channels + c), floor.value};
   }
 
   template <bool kStream>
   void forward(const T* x, const float* weight, const float* bias, double eps, T* y, float* mean,
                float* rstd) const {
     const int64_t sample_size = channels * shape.pixels, groups = shape.groups;
+    const Floor floor(shape.relu);
     auto combine = [&](int64_t n, const Moments* part) {
       for (int64_t g = 0; g < groups; ++g) {
         Moments all = {0, 0, 0};
@@ -332,19 +360,16 @@ struct ChannelsLast {
     };
     auto apply = [&](int64_t n, int64_t k, const float* parameters) {
       const int64_t at = n * sample_size + k * chunk * channels;
-      walk(chunk_size(k), [&](int64_t c, auto part, int64_t p, auto rows) {
-        const Affine f = affine(parameters, c, part);
-        for (int r = 0; r < rows(); ++r) {
-          const int64_t i = at + (p + r) * channels + c;
-          part.template store<kStream>(y + i, f.output(part.load(x + i)));
-        }
+      walk(chunk_size(k), [&](int64_t c, auto part, int64_t i) {
+        const Affine f = affine(parameters, c, part, floor);
+        part.template store<kStream>(y + at + i, f.output(part.load(x + at + i)));
       });
     };
 
     const bool parallel = shape.samples * sample_size >= kParallelElements;
     const int64_t whole = whole_units(shape.samples, parallel);
     parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
-      Scratch scratch(3 * channels);
+      Scratch scratch(5 * channels);
       Moments* part = new Moments[chunks * groups];
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t k = 0; k < chunks; ++k)
@@ -363,7 +388,7 @@ struct ChannelsLast {
     if (rest == 0) return;
     Moments* part = new Moments[rest * chunks * groups];
     parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
-      Scratch scratch(3 * channels);
+      Scratch scratch(5 * channels);
       for (int64_t i = begin; i < end; ++i)
         chunk_moments_of(x + (whole + i / chunks) * sample_size + i % chunks * chunk * channels,
                          chunk_size(i % chunks), scratch.data, part + i * groups);
@@ -382,43 +407,30 @@ struct ChannelsLast {
     });
   }
 
-  // sums: 2 * channels, sum(g) and sum(g * (x - mean)) over the pixels of a chunk.
-  void chunk_sums(const T* x, const T* dy, int64_t pixels, const float* parameters,
-                  float* sums) const {
-    for_vectors(2 * channels, [&](int64_t c, auto part) {
-      part.template store<false>(sums + c, Vec{});
-    });
-    walk(pixels, [&](int64_t c, auto part, int64_t p, auto rows) {
-      const Affine f = affine(parameters, c, part);
-      Vec plain = part.load(sums + c), centred = part.load(sums + channels + c);
-      for (int r = 0; r < rows(); ++r) {
-        const int64_t i = (p + r) * channels + c;
-        const Vec input = part.load(x + i), g = f.active(input, part.load(dy + i));
-        plain += g;
-        centred = multiply_add(g, input - f.mean, centred);
-      }
-      part.template store<false>(sums + c, plain);
-      part.template store<false>(sums + channels + c, centred);
+  // total: 2 * channels, sum(g) and sum(g * (x - mean)) over the pixels of a chunk.
+  void chunk_sums(const T* x, const T* dy, int64_t pixels, const float* parameters, float* block,
+                  float* total) const {
+    const Floor floor(shape.relu);
+    sum_rows(pixels, block, total, [&](int64_t c, auto part, int64_t i) {
+      const Affine f = affine(parameters, c, part, floor);
+      const Vec input = part.load(x + i), g = f.active(input, part.load(dy + i));
+      return Pair{g, g * (input - f.mean)};
     });
   }
 
   template <bool kStream>
   void backward(const T* dy, const T* x, const float* mean, const float* rstd,
-                const float* weight, const float* bias, T* dx, float* channel_sums) const {
+                const float* weight, const float* bias, T* dx, double* channel_sums) const {
     const int64_t sample_size = channels * shape.pixels, groups = shape.groups;
-    auto add = [&](const float* sums, float* total) {
-      for_vectors(2 * channels, [&](int64_t c, auto part) {
-        part.template store<false>(total + c, part.load(total + c) + part.load(sums + c));
-      });
-    };
+    const Floor floor(shape.relu);
     // parameters: 5 * channels; the last two of them are filled here.
     auto fill_gradient = [&](int64_t n, float* parameters) {
-      const float *plain = channel_sums + n * 2 * channels, *centred = plain + channels;
+      const double *plain = channel_sums + n * 2 * channels, *centred = plain + channels;
       for (int64_t g = 0; g < groups; ++g) {
         double sum = 0, sum_centred = 0;
         for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-          sum += double{plain[c]} * weight[c];
-          sum_centred += double{centred[c]} * weight[c];
+          sum += plain[c] * weight[c];
+          sum_centred += centred[c] * weight[c];
         }
         const GroupGradient of_group(sum, sum_centred, rstd[n * groups + g],
                                      static_cast<double>(width * shape.pixels));
@@ -430,30 +442,26 @@ struct ChannelsLast {
     };
     auto apply = [&](int64_t n, int64_t k, const float* parameters) {
       const int64_t at = n * sample_size + k * chunk * channels;
-      walk(chunk_size(k), [&](int64_t c, auto part, int64_t p, auto rows) {
-        const Gradient f = {affine(parameters, c, part), part.load(parameters + 3 * channels + c),
+      walk(chunk_size(k), [&](int64_t c, auto part, int64_t i) {
+        const Gradient f = {affine(parameters, c, part, floor),
+                            part.load(parameters + 3 * channels + c),
                             part.load(parameters + 4 * channels + c)};
-        for (int r = 0; r < rows(); ++r) {
-          const int64_t i = at + (p + r) * channels + c;
-          part.template store<kStream>(dx + i, f.input(part.load(x + i), part.load(dy + i)));
-        }
+        part.template store<kStream>(dx + at + i,
+                                     f.input(part.load(x + at + i), part.load(dy + at + i)));
       });
-    };
-    auto zero = [&](float* total) {
-      for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
     };
 
     const bool parallel = shape.samples * sample_size >= kParallelElements;
     const int64_t whole = whole_units(shape.samples, parallel);
     parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
-      Scratch parameters(5 * channels), sums(2 * channels);
+      Scratch parameters(5 * channels), block(2 * channels), sums(2 * channels);
       for (int64_t n = begin; n < end; ++n) {
-        float* total = channel_sums + n * 2 * channels;
+        double* total = channel_sums + n * 2 * channels;
         fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
         zero(total);
         for (int64_t k = 0; k < chunks; ++k) {
           const int64_t at = n * sample_size + k * chunk * channels;
-          chunk_sums(x + at, dy + at, chunk_size(k), parameters.data, sums.data);
+          chunk_sums(x + at, dy + at, chunk_size(k), parameters.data, block.data, sums.data);
           add(sums.data, total);
         }
         fill_gradient(n, parameters.data);
@@ -466,13 +474,13 @@ struct ChannelsLast {
     if (rest == 0) return;
     Scratch sums(rest * chunks * 2 * channels);
     parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
-      Scratch parameters(3 * channels);
+      Scratch parameters(3 * channels), block(2 * channels);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = whole + i / chunks;
         const int64_t at = n * sample_size + i % chunks * chunk * channels;
         if (i == begin || i % chunks == 0)
           fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
-        chunk_sums(x + at, dy + at, chunk_size(i % chunks), parameters.data,
+        chunk_sums(x + at, dy + at, chunk_size(i % chunks), parameters.data, block.data,
                    sums.data + i * 2 * channels);
       }
     });
@@ -498,13 +506,15 @@ struct ChannelsLast {
 
 // ---- entry points
 
-// Whether every vector of the output may be streamed: long rows of channels_last must start
-// aligned; runs of the contiguous layout find their own alignment.
+// Whether the output is streamed. A line that is streamed in part and stored in part is written
+// twice, so runs must be whole lines, or so long that their ends don't matter.
 template <class T>
 bool streams(const GroupNormShape& shape, const T* output) {
-  const int64_t size = shape.samples * shape.channels * shape.pixels;
-  if (size * static_cast<int64_t>(sizeof(T)) < kStreamBytes) return false;
-  return !shape.channels_last || (shape.channels % kLanes == 0 && to_alignment(output) == 0);
+  const int64_t size = shape.samples * shape.channels * shape.pixels * sizeof(T);
+  const int64_t run = (shape.channels_last ? shape.channels : shape.pixels) * sizeof(T);
+  if (size < kStreamBytes) return false;
+  if (run % kLineBytes == 0 && to_line(output) == 0) return true;
+  return !shape.channels_last && run >= 128 * kLineBytes;
 }
 
 template <class T>
@@ -524,25 +534,29 @@ void backward(const GroupNormShape& shape, const T* dy, const T* x, const float*
               const float* rstd, const float* weight, const float* bias, T* dx,
               float* grad_weight, float* grad_bias) {
   const int64_t channels = shape.channels, width = channels / shape.groups;
-  Scratch sums(shape.samples * 2 * channels);
+  double* sums = new double[shape.samples * 2 * channels];
   auto run = [&](auto kernel) {
     if (streams(shape, dx))
-      kernel.template backward<true>(dy, x, mean, rstd, weight, bias, dx, sums.data);
+      kernel.template backward<true>(dy, x, mean, rstd, weight, bias, dx, sums);
     else
-      kernel.template backward<false>(dy, x, mean, rstd, weight, bias, dx, sums.data);
+      kernel.template backward<false>(dy, x, mean, rstd, weight, bias, dx, sums);
   };
   shape.channels_last ? run(ChannelsLast<T>{shape}) : run(Contiguous<T>{shape});
   const bool parallel = shape.samples * 2 * channels >= kParallelElements;
   parallel_for(channels, parallel, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) grad_weight[c] = grad_bias[c] = 0;
-    for (int64_t n = 0; n < shape.samples; ++n) {
-      const float *plain = sums.data + n * 2 * channels, *centred = plain + channels;
-      for (int64_t c = begin; c < end; ++c) {
-        grad_bias[c] += plain[c];
-        grad_weight[c] += centred[c] * rstd[n * shape.groups + c / width];
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t group = c / width;
+      double weight_sum = 0, bias_sum = 0;
+      for (int64_t n = 0; n < shape.samples; ++n) {
+        const double *plain = sums + n * 2 * channels, *centred = plain + channels;
+        bias_sum += plain[c];
+        weight_sum += centred[c] * rstd[n * shape.groups + group];
       }
+      grad_weight[c] = static_cast<float>(weight_sum);
+      grad_bias[c] = static_cast<float>(bias_sum);
     }
   });
+  delete[] sums;
 }
 
 }  // namespace

@@ -1,0 +1,137 @@
+"""What the figures of a run depend on: processor, caches, versions, other work, the allocator."""
+
+import ctypes
+import os
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+import bit_kernels
+
+CPU = Path("/sys/devices/system/cpu")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def cache_bytes(level: int) -> int | None:
+    """Size in bytes of the first core's data (or unified) cache of `level`; None if not known."""
+    for entry in sorted((CPU / "cpu0/cache").glob("index*")):
+        try:
+            kind = (entry / "type").read_text().strip()
+            if int((entry / "level").read_text()) != level or kind == "Instruction":
+                continue
+            size = (entry / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        return int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1], 0)
+    return None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def device() -> str:
+    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB"."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    parts = [model, f"{cores()} cores", torch.backends.cpu.get_cpu_capability()]
+    for level in (2, 3):
+        size = cache_bytes(level)
+        if size:
+            amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+            parts.append(f"L{level} {amount}")
+    return ", ".join(parts)
+
+
+def versions() -> str:
+    """Versions that the figures belong to, with the checkout's commit ("+" when it was edited)."""
+    parts = [
+        f"torch {torch.__version__}",
+        f"bit_kernels {bit_kernels.__version__}",
+        f"python {platform.python_version()}",
+    ]
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit:
+        parts.append(f"commit {commit}{'+' if _git('status', '--porcelain', '-uno') else ''}")
+    return "; ".join(parts)
+
+
+def _git(*arguments: str) -> str:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True, text=True, timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def keep_freed_memory(reserve: int) -> bool:
+    """Makes malloc keep what is freed, and gives it `reserve` bytes to start; False if it can't.
+
+    A long training process has all the memory it will use. A young one is given its outputs page
+    by page as it first writes to them: on a virtual machine that took ten times as long as the
+    kernel that was to be timed, and hid every difference between rivals. Keeping alone isn't
+    enough: before 2.38 glibc seldom reuses an aligned block for another of the same size.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is None or not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)):
+        return False
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    size = min(reserve, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    block = libc.malloc(size)
+    if block:
+        ctypes.memset(block, 1, size)
+    libc.free(block)
+    return bool(block)
+
+
+def page_faults() -> int:
+    """Pages of memory that this process was given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+class Load:
+    """How many cores other processes (or the hypervisor) kept busy since this object was made."""
+
+    def __init__(self):
+        self._start = time.perf_counter(), self._busy(), time.process_time()
+
+    def others(self) -> float | None:
+        """Mean number of cores in use by others, from Linux' /proc/stat; None elsewhere."""
+        start, busy, own = self._start
+        if busy is None:
+            return None
+        ours = time.process_time() - own
+        return max(0.0, (self._busy() - busy - ours) / (time.perf_counter() - start))
+
+    @staticmethod
+    def _busy() -> float | None:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def load_at_rest(seconds: float = 0.5) -> float:
+    """Cores in use by others while this process sleeps for `seconds`; else the load average."""
+    load = Load()
+    time.sleep(seconds)
+    others = load.others()
+    return os.getloadavg()[0] if others is None else others

@@ -1,0 +1,272 @@
+"""How time is taken: gate, rotate, interleave, quantiles, and the limit of the same run.
+
+1. Gate: a rival whose outputs are further from the float64 reference than the project's bound
+   gets no figure (`disagreement`).
+2. Rotate: every call takes the next of many copies of the inputs, and its output is kept until
+   that copy's next turn, so neither is found in a cache.
+3. Interleave: rivals and a plain copy of memory take turns, in a new random order each round, so
+   a disturbance falls on all of them.
+4. One sample is a mean over calls that together last two milliseconds; a figure is the median of
+   the rounds, with the 20th and 80th percentile as its spread.
+"""
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+
+COPY = "torch_copy"
+COPY_BYTES = 64 << 20  # of the source, and of the destination
+MAX_WARM_LAPS = 4
+
+
+class Workload(Protocol):
+    """The inputs of one case in memory, and what its rivals do with them.
+
+    Any method may raise for one provider: that rival is shown with its error and gets no figure.
+    """
+
+    def reference(self) -> dict[str, Tensor]:
+        """The right outputs in float64, by name; empty where there is nothing to compare."""
+
+    def outputs(self, provider: str) -> dict[str, Tensor]:
+        """What `provider` computes from the same inputs, under the same names."""
+
+    def calls(self, provider: str) -> Sequence[Callable[[], object]]:
+        """What is timed: one call for each copy of the inputs, equally many for each provider."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    suite, name: who it is; `name` is unique in the suite, its parts joined by "/".
+    dtype, threads: of the inputs; of torch.
+    providers: the rivals as shown; the first is the one that the summary is about.
+    baselines: the rivals that count as "before". The fastest is what ratios refer to, and the
+        first one's error in `dtype` sets the bound of the gate.
+    prepare: allocates the workload when the case's turn comes.
+    passes, necessary_bytes: the floor, in reads or writes of one tensor and in bytes; None where
+        a floor says nothing (inputs too small to be rotated past the caches).
+    """
+
+    suite: str
+    name: str
+    dtype: str
+    threads: int
+    providers: tuple[str, ...]
+    baselines: tuple[str, ...]
+    prepare: Callable[[], Workload]
+    passes: int | None = None
+    necessary_bytes: int | None = None
+
+
+@dataclass
+class Result:
+    """Samples of one case, one a round: seconds a call by provider, GB/s of the copy.
+
+    `red` holds the reason why a provider has no figure.
+    """
+
+    case: Case
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    copy_gbps: list[float] = field(default_factory=list)
+    red: dict[str, str] = field(default_factory=dict)
+
+    def median(self, provider: str) -> float:
+        return quantile(self.seconds[provider], 0.5)
+
+    def baseline(self) -> str | None:
+        """The fastest baseline that has a figure."""
+        timed = [name for name in self.case.baselines if name in self.seconds]
+        return min(timed, key=self.median, default=None)
+
+    def speedup(self, provider: str) -> tuple[float, float, float] | None:
+        """Ratio of medians over the baseline, with p20 and p80 of the rounds' ratios around it."""
+        baseline = self.baseline()
+        if baseline is None:
+            return None
+        pairs = zip(self.seconds[baseline], self.seconds[provider])
+        rounds = [before / after for before, after in pairs]
+        ratio = self.median(baseline) / self.median(provider)
+        return quantile(rounds, 0.2), ratio, quantile(rounds, 0.8)
+
+    def share_of_copy(self, seconds: float) -> float | None:
+        """Necessary bytes a second over the copy's median, for a call that took `seconds`."""
+        if self.case.necessary_bytes is None or not self.copy_gbps:
+            return None
+        return self.case.necessary_bytes / seconds / 1e9 / quantile(self.copy_gbps, 0.5)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile (0 to 1) of a non-empty sequence, linear between order statistics."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = math.ceil(position)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def orders(names: Sequence[str], rounds: int, seed: object) -> Iterator[list[str]]:
+    """For each round a random order of `names`; the same `seed` gives the same orders."""
+    generator = random.Random(str(seed))
+    for _ in range(rounds):
+        yield generator.sample(list(names), len(names))
+
+
+def disagreement(
+    actual: dict[str, Tensor], reference: dict[str, Tensor], unfused: dict[str, Tensor]
+) -> str | None:
+    """Why `actual` is wrong, in one sentence, or None.
+
+    The bound, for each output: its largest error against the float64 `reference` is at most
+    twice that of `unfused`, plus two roundings of its dtype at the reference's largest magnitude.
+    An `unfused` output that isn't finite gives no room.
+    """
+    missing = reference.keys() - actual.keys()
+    if missing:
+        return f"gives no {', '.join(sorted(missing))}"
+    for name, right in reference.items():
+        got = actual[name]
+        if got.shape != right.shape:
+            return f"{name} has shape {tuple(got.shape)}; it must be {tuple(right.shape)}"
+        if right.numel() == 0:
+            continue
+        error = (got.double() - right).abs().max().item()
+        own = (unfused[name].double() - right).abs().max().item()
+        rounding = torch.finfo(got.dtype).eps * right.abs().max().item()
+        bound = 2 * (own if math.isfinite(own) else 0.0) + 2 * rounding
+        if not error <= bound:
+            return f"{name} is off by {error:.3g}; at most {bound:.3g} is right"
+    return None
+
+
+def gate(case: Case, workload: Workload) -> dict[str, str]:
+    """The providers that may not be timed, each with the reason."""
+    reference = workload.reference()
+    if not reference:
+        return {}
+    plain = case.baselines[0]
+    unfused = workload.outputs(plain)
+    red = {}
+    for provider in case.providers:
+        try:
+            outputs = unfused if provider == plain else workload.outputs(provider)
+            reason = disagreement(outputs, reference, unfused)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            red[provider] = reason
+    return red
+
+
+class Racer:
+    """One provider's calls, warmed up, with as many to a sample as its length needs."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]], min_sample: float):
+        self._calls = calls
+        self._kept = [None] * len(calls)
+        self._inner = len(calls)
+        # The first laps lay out the heap; they end when one brings no new pages.
+        for _ in range(MAX_WARM_LAPS):
+            faults = machine.page_faults()
+            seconds = self.sample(0)
+            if machine.page_faults() - faults <= len(calls):
+                break
+        self._inner = max(1, math.ceil(min_sample / seconds))
+
+    @property
+    def inner(self) -> int:
+        """Calls in one sample."""
+        return self._inner
+
+    def sample(self, start: int) -> float:
+        """Mean seconds of a call, on the copies of the inputs from number `start` on."""
+        calls, kept, copies = self._calls, self._kept, len(self._calls)
+        index = start % copies
+        begin = time.perf_counter_ns()
+        for _ in range(self._inner):
+            kept[index] = calls[index]()
+            index += 1
+            if index == copies:
+                index = 0
+        return (time.perf_counter_ns() - begin) / self._inner / 1e9
+
+
+class CopyLimit:
+    """Memory bandwidth as torch's own copy reaches it, on float32 far past every cache."""
+
+    def __init__(self, size: int = COPY_BYTES):
+        self._source = torch.ones(size // 4)
+        self._target = torch.zeros(size // 4)
+
+    def sample(self) -> float:
+        """GB/s, bytes read plus bytes written, at the present number of threads."""
+        begin = time.perf_counter_ns()
+        self._target.copy_(self._source)
+        elapsed = time.perf_counter_ns() - begin
+        return 2 * self._source.nbytes / elapsed
+
+
+def measure(
+    case: Case, copy: CopyLimit, *, rounds: int = 15, seed: int = 0, min_sample: float = 2e-3
+) -> Result:
+    """Gates and times one case; `min_sample` is the shortest sample in seconds."""
+    result = Result(case)
+    with _threads(case.threads), _no_collection():
+        workload = case.prepare()
+        result.red = gate(case, workload)
+        racers = {}
+        for provider in case.providers:
+            if provider in result.red:
+                continue
+            try:
+                racers[provider] = Racer(workload.calls(provider), min_sample)
+            except Exception as error:
+                result.red[provider] = f"{type(error).__name__}: {error}"
+        if not racers:
+            return result
+        copy.sample()
+        seconds = {provider: [] for provider in racers}
+        position = 0
+        for order in orders([*racers, COPY], rounds, f"{seed}/{case.name}/{case.threads}"):
+            for name in order:
+                if name == COPY:
+                    result.copy_gbps.append(copy.sample())
+                else:
+                    seconds[name].append(racers[name].sample(position))
+                    position += racers[name].inner
+        result.seconds = seconds
+    return result
+
+
+@contextmanager
+def _threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _no_collection():
+    """Python's garbage collector off inside, and run once after."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()

@@ -1,0 +1,108 @@
+"""The losses, and the scores of a network on the images of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bit.data import Split, eval_batches
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores as shares of 1; the loss is a mean over images."""
+
+    images: int
+    loss: float
+    top1: float
+    top5: float  # among the best min(5, classes) logits
+    mean_per_class: float  # mean of `per_class` over the classes that have images
+    per_class: tuple[float | None, ...]  # top-1 of each class; None for a class without images
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Metrics:
+        """Rebuild from `dataclasses.asdict`, by way of JSON or not."""
+        return cls(**tree | {"per_class": tuple(tree["per_class"])})
+
+
+def summed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float, kind: str) -> Tensor:
+    """Return lam * L(logits, a) + (1 - lam) * L(logits, b), summed over the images.
+
+    logits: (N, K), computed in float32. kind "softmax" is cross-entropy; "sigmoid" is binary
+    cross-entropy of each of the K classes, summed over them.
+    """
+    logits = logits.float()
+    if kind == "softmax":
+        loss = lam * F.cross_entropy(logits, labels_a, reduction="sum")
+        if lam != 1.0:
+            loss = loss + (1 - lam) * F.cross_entropy(logits, labels_b, reduction="sum")
+        return loss
+    # The targets y are linear in lam and BCE = softplus(z) - y z is linear in y, so only the
+    # logits of the two labels are needed, not an (N, K) target.
+    positive = lam * logits.gather(1, labels_a[:, None])
+    if lam != 1.0:
+        positive = positive + (1 - lam) * logits.gather(1, labels_b[:, None])
+    return F.softplus(logits).sum() - positive.sum()
+
+
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """Return the context of a forward pass: plain for "float32", autocast for "bfloat16"."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    size: int,
+    batch: int,
+    loss: str = "softmax",
+    device: str = "cpu",
+    dtype: str = "float32",
+    workers: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> Metrics | None:
+    """Score `model` on every image of `split`, each resized to size x size px, without a crop.
+
+    Returns None if `stop()` became true on the way. The model is left in training or evaluation
+    mode as it was.
+    """
+    was_training = model.training
+    model.eval()
+    total_loss, rank_hits, true, hit = 0.0, torch.zeros(5, dtype=torch.int64), [], []
+    try:
+        for images, labels in eval_batches(split, size, batch, workers=workers):
+            if stop():
+                return None
+            images, labels = images.to(device), labels.to(device)
+            with autocast(device, dtype):
+                logits = model(images)
+            total_loss += summed_loss(logits, labels, labels, 1.0, loss).item()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            matches = (best == labels[:, None]).cpu()
+            rank_hits[: matches.shape[1]] += matches.sum(0)
+            true.append(labels.cpu())
+            hit.append(matches[:, 0])
+    finally:
+        model.train(was_training)
+    true, hit = torch.cat(true), torch.cat(hit)
+    classes = logits.shape[1]
+    seen = torch.bincount(true, minlength=classes)
+    right = torch.bincount(true[hit], minlength=classes)
+    per_class = tuple(r / s if s else None for r, s in zip(right.tolist(), seen.tolist()))
+    present = [accuracy for accuracy in per_class if accuracy is not None]
+    return Metrics(
+        images=len(true),
+        loss=total_loss / len(true),
+        top1=rank_hits[0].item() / len(true),
+        top5=rank_hits.sum().item() / len(true),
+        mean_per_class=sum(present) / len(present),
+        per_class=per_class,
+    )

@@ -1,0 +1,34 @@
+"""Pre-training on CIFAR-10, few-shot transfer to other images, on a CPU."""
+
+from bit.config import Images, Job, Network, Run, Schedule
+from bit.transfer import Study
+
+
+def config() -> Study:
+    """Pre-train on CIFAR-10, transfer to other images with 10 a class, on a CPU.
+
+    Command   python -m bit.train cifar10-transfer --source CIFAR10 --targets TARGET TARGET ...
+              (folders or archives of train/CLASS/FILE and test/CLASS/FILE)
+    Hardware  not run yet
+    Time      not run yet
+    Result    not run yet
+
+    Against the same network from scratch, with the same images, updates and schedule, and its
+    learning rate the best of four on validation images; 3 seeds.
+    """
+    return Study(
+        shots=(10,),
+        seeds=3,
+        transfer_lrs=(0.003,),
+        scratch_lrs=(0.003, 0.01, 0.03, 0.1),
+        pretrain=Job(
+            images=Images(crop=32, resize=40, val_fraction=0.02),
+            network=Network(model="R26x0.25", stem="small"),
+            schedule=Schedule(rule="BiT-S", batch=128, micro_batch=32, steps=3000, base_lr=0.05),
+        ),
+        finetune=Job(
+            images=Images(crop=32, resize=40, val_fraction=0.2),
+            schedule=Schedule(batch=64, micro_batch=32, steps=150),
+        ),
+        run=Run(out="runs/cifar10-transfer"),
+    )

@@ -1,0 +1,166 @@
+"""What a run tells while it goes: a progress bar, log.jsonl, TensorBoard and a picture.
+
+log.jsonl has one JSON object a line, told apart by `kind`:
+    train   step, loss, lr, images_per_s, seconds
+    eval    step, split, loss, top1, top5, mean_per_class, images, seconds
+`step` counts finished updates; `seconds` is the run's own time, over all its sittings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from bit import plots
+from bit.metrics import Metrics
+
+LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal for a bar
+SCORES = ("loss", "top1", "top5", "mean_per_class")
+
+
+class RunLog:
+    """The log of one sitting of a run; a context manager, so that files are closed on errors.
+
+    folder: of the run. total: its updates. batch: images an update. start: updates already done;
+    what an earlier sitting logged beyond them is cut off, since it is about to happen again.
+    seconds: already spent. label: shown with the progress. full: also TensorBoard and curves.png.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total: int,
+        batch: int,
+        start: int = 0,
+        seconds: float = 0.0,
+        label: str = "train",
+        full: bool = True,
+    ) -> None:
+        self.folder, self.total, self.batch, self.label, self.full = (
+            folder, total, batch, label, full,
+        )  # fmt: skip
+        self._earlier = seconds
+        self._began = self._last_step = time.monotonic()
+        self.rows = [row for row in read(folder) if row["step"] <= start]
+        self._file = _rewritten(folder / "log.jsonl", self.rows)
+        self._board = _board(folder, start) if full else None
+        self._bar = tqdm(
+            total=total * batch,
+            initial=start * batch,
+            desc=label,
+            unit="image",
+            unit_scale=True,
+            leave=full,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self._start, self._last_line, self._training = start, self._began, 0.0
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the run so far, over all sittings."""
+        return self._earlier + time.monotonic() - self._began
+
+    def train(self, step: int, loss: float, lr: float) -> None:
+        """Record update number `step` (1 for the first)."""
+        now = time.monotonic()
+        rate = self.batch / max(now - self._last_step, 1e-9)
+        self._training += now - self._last_step
+        self._last_step = now
+        self._write(
+            {"kind": "train", "step": step, "loss": loss, "lr": lr, "images_per_s": round(rate, 1)}
+        )
+        if self._board:
+            for name, value in (("train/loss", loss), ("lr", lr), ("images_per_s", rate)):
+                self._board.add_scalar(name, value, step)
+        self._bar.set_postfix_str(f"step {step}/{self.total} loss {loss:.3f}", refresh=False)
+        self._bar.update(self.batch)
+        if self._bar.disable and (now - self._last_line > LINE_EVERY or step == self.total):
+            self._last_line = now
+            done = step - self._start
+            left = (self.total - step) * (now - self._began) / done
+            self.say(
+                f"step {step}/{self.total}  loss {loss:.4f}  lr {lr:.2g}  "
+                f"{done * self.batch / self._training:.0f} images/s  {_clock(left)} left"
+            )
+
+    def evaluated(self, step: int, split: str, scores: Metrics) -> None:
+        """Record the scores after `step` updates on the split "val" or "test"."""
+        values = {name: getattr(scores, name) for name in SCORES}
+        self._write({"kind": "eval", "step": step, "split": split, **values, "images": scores.images})
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        if self.full:
+            plots.curves(self.rows, self.folder / "curves.png", title=self.label)
+            self.say(
+                f"step {step}/{self.total}  {split}: top-1 {scores.top1:.2%}  "
+                f"per class {scores.mean_per_class:.2%}  loss {scores.loss:.4f}"
+            )
+        self._last_step = time.monotonic()  # evaluation is no part of the training speed
+
+    def say(self, text: str) -> None:
+        """Print a line to stderr without breaking the bar."""
+        tqdm.write(f"{self.label}: {text}", file=sys.stderr)
+
+    def _write(self, row: dict) -> None:
+        row = {key: _finite(value) for key, value in row.items()}
+        row["seconds"] = round(self.seconds, 3)
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+
+
+def read(folder: str | Path) -> list[dict]:
+    """Return the rows of a run's log.jsonl; none if it has no log. A torn last line is dropped."""
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _rewritten(path: Path, rows: list[dict]) -> TextIO:
+    """Open a log for appending after it was cut to `rows`; each line is on disk as it is written."""
+    cut = path.with_suffix(".jsonl.new")
+    cut.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(cut, path)
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _board(folder: Path, start: int):
+    from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

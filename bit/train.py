@@ -1,0 +1,340 @@
+"""The training loop, for pre-training and fine-tuning alike.
+
+    python -m bit.train                                   the demo
+    python -m bit.train pretrain --data PATH ...          train from random weights
+    python -m bit.train finetune --data PATH --checkpoint FILE ...
+    python -m bit.train --help                            everything else
+
+A run leaves a folder: config.json (resolved), log.jsonl, tensorboard/, curves.png,
+best.safetensors (by validation top-1, where there is a validation split), last.safetensors, and
+result.json with the scores on the test images once it is finished. state.safetensors is what
+`--resume` reads; it goes when the run is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bit import checkpoint, hyperrule, models, state
+from bit.config import Config, check, resolve
+from bit.data import Augment, Batch, Dataset, Split, TrainBatches
+from bit.folder import open_folder
+from bit.interrupt import StopSignals
+from bit.metrics import Metrics, autocast, evaluate, summed_loss
+from bit.runlog import RunLog
+from bit.task import Task, check_same_classes, load_dataset, make_task
+
+SIGMOID_HEAD_BIAS = -10.0  # at 0, 21,843 classes would start at a loss of 21,843 ln 2 an image
+
+
+class TrainingFailed(Exception):
+    """The run can't go on; the message names the update and what is left on disk."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run after an update; its state is in `folder`."""
+
+    def __init__(self, message: str, folder: Path, signum: int) -> None:
+        super().__init__(message)
+        self.folder, self.signum = folder, signum
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    folder: str
+    steps: int
+    test: Metrics  # of the last weights
+    val: Metrics | None  # of the last weights
+    best_step: int | None  # updates behind best.safetensors
+    best_val_top1: float | None
+    seconds: float  # over all sittings
+    classes: tuple[str, ...]
+
+    def write(self) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        checkpoint.write_atomically(
+            Path(self.folder) / "result.json", lambda file: file.write(text.encode())
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Result | None:
+        """Return the result of the run in `folder`, or None if it is not finished."""
+        path = folder / "result.json"
+        if not path.exists():
+            return None
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        for split in ("test", "val"):
+            tree[split] = tree[split] and Metrics.from_dict(tree[split])
+        return cls(**tree | {"classes": tuple(tree["classes"])})
+
+
+def run(config: Config, dataset: Dataset | None = None, *, label: str = "train") -> Result:
+    """Train as `config` says and return the scores on the test images.
+
+    dataset: already loaded, in place of reading `config.data`. label: shown with the progress.
+    Raises ValueError for a configuration that can't be run, TrainingFailed for a loss or weights
+    that are not finite and for a checkpoint that can't be written, Stopped after SIGINT or SIGTERM.
+    """
+    check(config)
+    task = make_task(dataset or load_dataset(config.data, config.images), config.images)
+    weights = config.network.checkpoint
+    trained = checkpoint.read_metadata(weights) if weights else {}
+    config = resolve(
+        config,
+        num_examples=len(task.train),
+        native_size=task.native_size,
+        trained=trained.get("config"),
+    )
+    if config.network.head == "keep" and "classes" in trained:
+        check_same_classes(trained["classes"], task.classes, config.data)
+    folder = open_folder(config.run.out, config, resume=config.run.resume)
+    if (finished := Result.read(folder)) is not None:
+        return finished
+    trainer = Trainer(config, task)
+    start = trainer.progress
+    with (
+        StopSignals() as stop,
+        RunLog(
+            folder,
+            total=config.schedule.steps,
+            batch=config.schedule.batch,
+            start=start.step,
+            seconds=start.seconds,
+            label=label,
+            full=trainer.keeps_files,
+        ) as log,
+    ):
+        if start.step:
+            log.say(f"resumed after update {start.step} of {config.schedule.steps}")
+        return trainer.fit(log, stop)
+
+
+class Trainer:
+    """One run: the network, the optimizer, the batches, and how far it has come.
+
+    config: resolved. If it says so, and its folder has a state file, the run goes on from there.
+    """
+
+    def __init__(self, config: Config, task: Task) -> None:
+        images, schedule, settings = config.images, config.schedule, config.run
+        self.config, self.task, self.folder = config, task, Path(settings.out)
+        self.keeps_files = settings.outputs == "full"
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.model = build(config, len(task.classes))
+        self.optimizer = make_optimizer(self.model, config)
+        self.progress = state.Progress()
+        if settings.resume and (self.folder / state.FILE).exists():
+            self.progress = state.load(self.folder, self.model, self.optimizer)
+        self.batches = TrainBatches(
+            task.train,
+            Augment(images.resize, images.crop, images.flip, images.augment == "inception"),
+            batch_size=schedule.batch,
+            seed=settings.seed,
+            mixup_alpha=schedule.mixup,
+            workers=settings.workers,
+        )
+
+    def fit(self, log: RunLog, stop: StopSignals) -> Result:
+        """Train to the end of the schedule, evaluating and saving on the way."""
+        schedule, settings, progress = self.config.schedule, self.config.run, self.progress
+        start, total = progress.step, schedule.steps
+        if start and start % settings.eval_every == 0 and progress.evaluated < start < total:
+            self.evaluate(log, stop)  # a signal came before this evaluation
+        self.model.train()
+        for step, batch in enumerate(self.batches.iterate(start, total), start):
+            if stop:
+                break
+            lr = hyperrule.learning_rate(
+                step, schedule.base_lr, total, schedule.warmup, schedule.decays
+            )
+            loss = self.update(batch, lr)
+            progress.step = step + 1
+            log.train(progress.step, loss, lr)
+            if progress.step < total and not stop:
+                if progress.step % settings.eval_every == 0:
+                    self.evaluate(log, stop)
+                if progress.step % settings.save_every == 0:
+                    self.save(log)
+        return self.finish(log, stop)
+
+    def update(self, batch: Batch, lr: float) -> float:
+        """Make one update and return its loss, the mean over the batch.
+
+        The weights stay as they are, and TrainingFailed is raised, if the loss is not finite.
+        """
+        schedule, settings = self.config.schedule, self.config.run
+        size = len(batch.labels)
+        total_loss = torch.zeros((), device=settings.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        for images, labels_a, labels_b in batch.micro(schedule.micro_batch):
+            images = images.to(settings.device)
+            labels_a, labels_b = labels_a.to(settings.device), labels_b.to(settings.device)
+            with autocast(settings.device, settings.dtype):
+                logits = self.model(images)
+            loss = summed_loss(logits, labels_a, labels_b, batch.lam, schedule.loss) / size
+            loss.backward()
+            total_loss += loss.detach()
+        mean_loss = total_loss.item()
+        if not math.isfinite(mean_loss):
+            raise TrainingFailed(
+                f"the loss is {mean_loss} at update {self.progress.step + 1} (learning rate "
+                f"{lr:g}): stopped before it reached the weights; {self.on_disk()}"
+            )
+        self.optimizer.step()
+        return mean_loss
+
+    def score(self, split: Split, stop: StopSignals) -> Metrics | None:
+        """Score the weights of now on a split; None if a signal came in between."""
+        settings = self.config.run
+        return evaluate(
+            self.model,
+            split,
+            size=self.config.images.crop,
+            batch=settings.eval_batch,
+            loss=self.config.schedule.loss,
+            device=settings.device,
+            dtype=settings.dtype,
+            workers=settings.workers,
+            stop=lambda: bool(stop),
+        )
+
+    def evaluate(self, log: RunLog, stop: StopSignals) -> Metrics | None:
+        """Score and log the weights of now; keep them if they are the best on validation."""
+        progress, val = self.progress, self.task.val
+        scores = self.score(val or self.task.test, stop)
+        if scores is None:
+            return None
+        log.evaluated(progress.step, "val" if val else "test", scores)
+        progress.evaluated = progress.step
+        if val and scores.top1 > progress.best_val_top1:
+            self.write("best.safetensors", {"val": dataclasses.asdict(scores)})
+            progress.best_val_top1, progress.best_step = scores.top1, progress.step
+        return scores
+
+    def finish(self, log: RunLog, stop: StopSignals) -> Result:
+        """Save, score the last weights on the test images and write result.json."""
+        progress = self.progress
+        val = test = None
+        if not stop:
+            val = self.evaluate(log, stop)
+        self.save(log)
+        if not stop:
+            test = self.score(self.task.test, stop)
+        if stop:
+            raise Stopped(
+                f"stopped by {signal.Signals(stop.signum).name} after update {progress.step} of "
+                f"{self.config.schedule.steps}; {self.on_disk()}",
+                self.folder,
+                stop.signum,
+            )
+        if self.task.val:
+            log.evaluated(progress.step, "test", test)
+        has_best = progress.best_step > 0
+        result = Result(
+            folder=str(self.folder),
+            steps=progress.step,
+            test=test,
+            val=val if self.task.val else None,
+            best_step=progress.best_step if has_best else None,
+            best_val_top1=progress.best_val_top1 if has_best else None,
+            seconds=log.seconds,
+            classes=tuple(self.task.classes),
+        )
+        result.write()
+        (self.folder / state.FILE).unlink(missing_ok=True)
+        return result
+
+    def save(self, log: RunLog) -> None:
+        """Write last.safetensors, and the state that a resume needs."""
+        self.progress.seconds = log.seconds
+        self.write("last.safetensors", {})
+        self.write(state.FILE, None)
+        self.progress.saved = self.progress.step
+
+    def write(self, name: str, metadata: dict[str, Any] | None) -> None:
+        """Write a checkpoint with `metadata`, or the state if that is None.
+
+        An older file stays whole until the new one is; weights that are not finite are not written.
+        """
+        if not self.keeps_files:
+            return
+        step = self.progress.step
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise TrainingFailed(f"weights are not finite after update {step}; {self.on_disk()}")
+        try:
+            if metadata is None:
+                state.save(self.folder, self.model, self.optimizer, self.progress)
+            else:
+                checkpoint.save(self.model, self.folder / name, self.describe() | metadata)
+        except OSError as error:
+            raise TrainingFailed(
+                f"could not write {self.folder / name} after update {step}: "
+                f"{error.strerror or error}; {self.on_disk()}"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint tells about itself beside the network."""
+        images = self.config.images
+        return {
+            "step": self.progress.step,
+            "classes": self.task.classes,
+            "preprocessing": {
+                "resize": images.resize,
+                "crop": images.crop,
+                "mean": 127.5,
+                "std": 127.5,
+            },
+            "run": dataclasses.asdict(self.config),
+        }
+
+    def on_disk(self) -> str:
+        """Say which checkpoint can be relied on."""
+        if not self.keeps_files or not self.progress.saved:
+            return "no checkpoint was written yet"
+        return f"{self.folder / 'last.safetensors'} is of update {self.progress.saved}"
+
+
+def build(config: Config, num_classes: int) -> nn.Module:
+    """Make the network of a resolved config, with its checkpoint's weights if it names one."""
+    network, settings = config.network, config.run
+    model = models.create(network.model, num_classes, stem=network.stem)
+    if network.checkpoint:
+        checkpoint.load(model, network.checkpoint, head=network.head)
+    if config.schedule.loss == "sigmoid" and not (network.checkpoint and network.head == "keep"):
+        nn.init.constant_(model.head.bias, SIGMOID_HEAD_BIAS)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return model.to(settings.device, memory_format=layout)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
+    """SGD whose weight decay reaches kernels (convolutions and head), not gains and biases."""
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    schedule = config.schedule
+    groups = [
+        {"params": kernels, "weight_decay": schedule.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=schedule.base_lr, momentum=schedule.momentum, fused=True)
+
+
+if __name__ == "__main__":
+    from bit.cli import main  # which imports this file once more, as bit.train
+
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What "correct" means here: the error rule, the memory layouts, and running an op with gradients."""
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=torch.channels_last)
+
+
+def _permuted(tensor: Tensor) -> Tensor:
+    """Dense, but neither contiguous nor channels_last: the last dimensions lie transposed."""
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _slice(tensor: Tensor) -> Tensor:
+    """Cut from a larger buffer in every dimension, so that no stride is trivial."""
+    larger = tensor.new_full([n + 3 for n in tensor.shape], float("nan"))
+    part = larger[tuple(slice(1, n + 1) for n in tensor.shape)]
+    return part.copy_(tensor)
+
+
+def _channels_last_slice(tensor: Tensor) -> Tensor:
+    n, c, *rest = tensor.shape
+    larger = _channels_last(tensor.new_full((n, c + 5, *rest), float("nan")))
+    return larger[:, 2 : c + 2].copy_(tensor)
+
+
+LAYOUTS = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "channels_last": _channels_last,
+    "permuted": _permuted,
+    "slice": _slice,
+    "channels_last_slice": _channels_last_slice,
+}
+
+
+def with_gradients(function, inputs, grad_output):
+    """[output, gradient of each input], every input a fresh leaf of the same strides."""
+    leaves = [_leaf(x) for x in inputs]
+    output = function(*leaves)
+    wanted = [x for x in leaves if x is not None]
+    return [output.detach(), *torch.autograd.grad(output, wanted, grad_output.to(output.dtype))]
+
+
+def _leaf(tensor):
+    if tensor is None:
+        return None
+    return tensor.detach().requires_grad_()
+
+
+def to_float64(tensors):
+    return [None if x is None else x.double() for x in tensors]
+
+
+def assert_as_good(names, ours, unfused, truth):
+    """Each result's largest error is at most twice that of unfused PyTorch in the same dtype, plus
+    two roundings of the dtype at the size of the largest true value."""
+    for name, mine, theirs, true in zip(names, ours, unfused, truth, strict=True):
+        assert mine.shape == true.shape and mine.dtype == theirs.dtype, name
+        assert mine.isfinite().all(), f"{name} has elements that nobody wrote, or overflowed"
+        if true.numel() == 0:
+            continue
+        error = (mine.double() - true).abs().max().item()
+        rival = (theirs.double() - true).abs().max().item()
+        rounding = torch.finfo(mine.dtype).eps * true.abs().max().item()
+        bound = 2 * rival + 2 * rounding
+        assert error <= bound, f"{name}: error {error:.3g}, at most {bound:.3g} (unfused {rival:.3g})"

@@ -1,0 +1,164 @@
+"""standardize_weight: every backend against plain float64 code, forward and backward."""
+
+import functools
+
+import pytest
+import torch
+from checking import DTYPES, LAYOUTS, assert_as_good, to_float64, with_gradients
+
+from bit_kernels import reference
+from bit_kernels.functional import standardize_weight
+
+# Why each is here.
+SAMPLES = {
+    "root": (64, 3, 7, 7),  # rows of 147: no multiple of a vector
+    "one_by_one": (16, 64, 1, 1),
+    "three_by_three": (24, 40, 3, 3),
+    "short_rows": (7, 5, 1, 1),
+    "one_row": (1, 33, 3, 3),
+    "past_one_chunk": (3, 520, 3, 3),  # rows of 4680 > 4096
+    "parallel": (96, 64, 3, 3),  # 55296 elements
+}
+NAMES = ["output", "grad_weight"]
+fused = functools.partial(standardize_weight, backend="cpp")
+
+
+def make(shape, dtype, layout="contiguous"):
+    random = torch.Generator().manual_seed(0)
+    # Kernels as small as trained ones, off centre.
+    weight = torch.randn(shape, generator=random) * 0.02 + 0.01
+    return LAYOUTS[layout](weight.to(dtype)), torch.randn(shape, generator=random).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_matches_reference(sample, layout, dtype):
+    weight, grad = make(SAMPLES[sample], dtype, layout)
+    ours = with_gradients(fused, [weight], grad)
+    theirs = with_gradients(reference.standardize_weight, [weight], grad)
+    truth = with_gradients(reference.standardize_weight, to_float64([weight]), grad)
+    assert_as_good(NAMES, ours, theirs, truth)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last"])
+def test_gradient_in_another_layout(layout, grad_layout):
+    weight, grad = make((24, 40, 3, 3), torch.float32, layout)
+    ours = with_gradients(fused, [weight], LAYOUTS[grad_layout](grad))
+    truth = with_gradients(reference.standardize_weight, to_float64([weight]), grad)
+    theirs = with_gradients(reference.standardize_weight, [weight], grad)
+    assert_as_good(NAMES, ours, theirs, truth)
+    assert ours[0].stride() == weight.stride() == ours[1].stride()
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (6, 4, 5), (4, 3, 2, 3, 5)], ids=str)
+def test_linear_and_other_convolutions(shape):
+    weight, grad = make(shape, torch.float32)
+    ours = with_gradients(fused, [weight], grad)
+    theirs = with_gradients(reference.standardize_weight, [weight], grad)
+    truth = with_gradients(reference.standardize_weight, to_float64([weight]), grad)
+    assert_as_good(NAMES, ours, theirs, truth)
+
+
+def test_eps_is_inside_the_root():
+    weight = torch.tensor([[1.0, -1.0], [3.0, 3.0]])
+    expected = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    assert torch.allclose(fused(weight, 3.0), expected)
+
+
+def test_mean_far_from_zero():
+    weight = torch.randn(4, 600, generator=torch.Generator().manual_seed(0)) + 1000
+    truth = reference.standardize_weight(weight.double())
+    assert (fused(weight).double() - truth).abs().max() < 5e-4
+
+
+def test_constant_kernel_has_no_gradient():
+    weight = torch.full((2, 8), 0.25, requires_grad=True)
+    output = fused(weight)
+    output.backward(torch.ones_like(output))
+    assert not output.any() and not weight.grad.any()
+
+
+def test_same_bits_for_any_number_of_threads():
+    weight, grad = make((96, 64, 3, 3), torch.float32)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(with_gradients(fused, [weight], grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    weight, grad = make((4, 6, 3, 5), torch.float32, layout)
+    op = torch.ops.bit_kernels.standardize_weight.default
+    torch.library.opcheck(op, (weight.clone().requires_grad_(), 1e-10))
+    _, mean, rstd = op(weight, 1e-10)
+    torch.library.opcheck(
+        torch.ops.bit_kernels.standardize_weight_backward.default, (grad, weight, mean, rstd)
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_compiles_without_graph_break(layout):
+    weight, grad = make((8, 6, 3, 3), torch.float32, layout)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        with_gradients(compiled, [weight], grad), with_gradients(fused, [weight], grad), strict=True
+    ):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_second_gradient():
+    weight, grad = make((3, 4, 2, 2), torch.float32)
+
+    def penalty(function, dtype):
+        leaf = (weight * 50).to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf), leaf, grad.to(dtype), create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), leaf)[0]
+
+    ours, truth = (
+        penalty(standardize_weight, torch.float32),
+        penalty(reference.standardize_weight, torch.float64),
+    )
+    assert torch.allclose(ours.double(), truth, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (4, 0, 3, 3), (0, 0)], ids=str)
+def test_empty(shape):
+    weight = torch.randn(shape, requires_grad=True)
+    output = fused(weight)
+    output.sum().backward()
+    assert output.shape == weight.grad.shape == shape
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (torch.zeros(3, 3, dtype=torch.int32), "dtype torch.int32"),
+        (torch.zeros(3), r"shape \(3,\); it must be \(C_out, C_in, \*kernel\)"),
+    ],
+)
+def test_refuses(weight, message):
+    with pytest.raises(ValueError, match=message):
+        standardize_weight(weight)
+
+
+def test_insisting_on_a_kernel_that_can_not_serve():
+    with pytest.raises(ValueError, match="backend 'cpp' can't serve.*'meta'"):
+        standardize_weight(torch.zeros(3, 3, device="meta"), backend="cpp")
+
+
+def test_plain_op_matches_kernel():
+    """What the op does on a device without a kernel of ours (bit_kernels/ops)."""
+    from bit_kernels.ops import standardize_weight as module
+
+    weight, grad = make((6, 5, 3, 3), torch.float32)
+    kernel = torch.ops.bit_kernels.standardize_weight(weight, 1e-10)
+    for a, b in zip(kernel, module._plain(weight, 1e-10), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    arguments = (grad, weight, *kernel[1:])
+    a = torch.ops.bit_kernels.standardize_weight_backward(*arguments)
+    assert torch.allclose(a, module._plain_backward(*arguments), rtol=1e-4, atol=1e-3)

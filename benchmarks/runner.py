@@ -26,7 +26,7 @@ from benchmarks import machine
 
 COPY = "torch_copy"
 COPY_BYTES = 64 << 20  # of the source, and of the destination
-MAX_WARM_LAPS = 4
+WARM_SECONDS = 1.0  # at most, for each rival of a case
 
 
 class Workload(Protocol):
@@ -175,12 +175,16 @@ class Racer:
     def __init__(self, calls: Sequence[Callable[[], object]], min_sample: float):
         self._calls = calls
         self._kept = [None] * len(calls)
-        self._inner = len(calls)
-        # The first laps lay out the heap; they end when one brings no new pages.
-        for _ in range(MAX_WARM_LAPS):
-            faults = machine.page_faults()
-            seconds = self.sample(0)
-            if machine.page_faults() - faults <= len(calls):
+        self._inner = min(len(calls), 64)
+        # At least one lap over the copies, then until a sample brings no new pages of memory.
+        deadline = time.perf_counter_ns() + WARM_SECONDS * 1e9
+        warm, faults = 0, machine.page_faults()
+        while True:
+            seconds = self.sample(warm)
+            warm += self._inner
+            fresh = machine.page_faults() - faults
+            faults += fresh
+            if warm >= len(calls) and fresh <= self._inner or time.perf_counter_ns() > deadline:
                 break
         self._inner = max(1, math.ceil(min_sample / seconds))
 

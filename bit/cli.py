@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import tyro
 
-from bit import demo, recipes, train, transfer
+from bit import allocator, demo, recipes, train, transfer
 from bit.config import FINETUNE, PRETRAIN, Config
 
 PROG = "python -m bit.train"
@@ -54,14 +54,16 @@ def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 failed, 2 wrong, 128 + signal stopped."""
     args = (sys.argv[1:] if args is None else args) or ["demo"]
     config = parse(args)
+    allocator.keep_memory()
 
     def command() -> None:
         if args[0] == "demo":
             demo.show(config)
         elif isinstance(config, transfer.Study):
-            print(transfer.study(config).markdown())
+            report = transfer.study(config)
+            print(f"{report.text()}\n\nEverything is in {report.folder}")
         else:
-            report(train.run(config))
+            print(summary(train.run(config)))
 
     try:
         return guarded(PROG, command)
@@ -96,16 +98,17 @@ def guarded(prog: str, command: Callable[[], None]) -> int:
     return 0
 
 
-def report(result: train.Result) -> None:
-    """Print what a finished run came to."""
+def summary(result: train.Result) -> str:
+    """Return what a finished run came to, in two or three lines."""
     scores = result.test
-    print(
+    text = (
         f"{result.folder}: {result.steps} updates in {result.seconds / 60:.1f} minutes\n"
         f"test, {scores.images} images: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, "
         f"mean per class {scores.mean_per_class:.2%}"
     )
     if result.best_step is not None:
-        print(
-            f"best.safetensors is of update {result.best_step}, with top-1 "
+        text += (
+            f"\nbest.safetensors is of update {result.best_step}, with top-1 "
             f"{result.best_val_top1:.2%} on the validation images"
         )
+    return text

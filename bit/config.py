@@ -44,7 +44,7 @@ class Images:
     """Seed of the test and validation splits. It is apart from `seed`, so that runs with other
     seeds are scored on the same images."""
     classes: tuple[str, ...] = ()
-    """Names of the classes to use, in any order; None = all of them."""
+    """Names of the classes to use, in any order; all of them if none is given."""
     val_fraction: float = 0.1
     """Share of the training images set aside for validation, on which the best checkpoint is
     chosen; 0 = no validation split, and no best checkpoint."""
@@ -172,6 +172,7 @@ PRETRAIN = Config(
     network=Network(model="R50x1"),
     schedule=Schedule(rule="BiT-S", batch=256),
 )
+
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the field, what it is and what it may be, if a value is impossible.

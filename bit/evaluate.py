@@ -23,6 +23,7 @@ from bit import checkpoint, metrics, models
 from bit.cli import guarded
 from bit.config import Dtype, Images, Stem
 from bit.task import check_same_classes, load_dataset, make_task
+from bit.train import check_device
 
 PROG = "python -m bit.evaluate"
 
@@ -103,6 +104,7 @@ def evaluate(options: Evaluate) -> Evaluation:
     Raises ValueError if the checkpoint's classes aren't the data set's, listing the differences,
     and if neither the checkpoint nor `options` tells what is needed.
     """
+    check_device(options.device)
     known = checkpoint.read_metadata(options.checkpoint)
     trained, network = known.get("run", {}), known.get("config", {})
     data = _told("data", options.data, trained.get("data"))

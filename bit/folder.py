@@ -20,30 +20,31 @@ RESUMABLE = {
 }
 
 
-def open_folder(path: str | Path, config: Any, *, resume: bool) -> Path:
-    """Make the folder and write `config`, a dataclass tree, into it as config.json.
+def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
+    """Raise ValueError if the folder holds a run that `config`, a dataclass tree, can't go on with.
 
-    Raises ValueError if the folder holds a run and `resume` is off, or if that run was started
-    with other settings; the message names them.
+    That is any run if `resume` is off, else one with other settings; the message names them.
     """
-    folder = Path(path)
     file = folder / "config.json"
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    if file.exists():
-        if not resume:
-            raise ValueError(
-                f"out is {str(folder)!r}, which holds a run already; go on with it by --resume, "
-                "give --out another folder, or remove this one"
-            )
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        if changed := differences(earlier, json.loads(text)):
-            raise ValueError(
-                f"resume is True, but the run in {str(folder)!r} was started with other settings: "
-                + "; ".join(changed)
-            )
+    if not file.exists():
+        return
+    if not resume:
+        raise ValueError(
+            f"out is {str(folder)!r}, which holds a run already; go on with it by --resume, give "
+            "--out another folder, or remove this one"
+        )
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if changed := differences(earlier, json.loads(_text(config))):
+        raise ValueError(
+            f"resume is True, but the run in {str(folder)!r} was started with other settings: "
+            + "; ".join(changed)
+        )
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Make the folder, if need be, and write `config` into it as config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return folder
+    (folder / "config.json").write_text(_text(config), encoding="utf-8")
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -54,6 +55,10 @@ def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and name.rpartition(".")[2] not in RESUMABLE
     ]
+
+
+def _text(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

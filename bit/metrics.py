@@ -30,7 +30,9 @@ class Metrics:
         return cls(**tree | {"per_class": tuple(tree["per_class"])})
 
 
-def summed_loss(logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float, kind: str) -> Tensor:
+def summed_loss(
+    logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float, kind: str
+) -> Tensor:
     """Return lam * L(logits, a) + (1 - lam) * L(logits, b), summed over the images.
 
     logits: (N, K), computed in float32. kind "softmax" is cross-entropy; "sigmoid" is binary

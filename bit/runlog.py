@@ -29,7 +29,8 @@ class RunLog:
     """The log of one sitting of a run; a context manager, so that files are closed on errors.
 
     folder: of the run. total: its updates. batch: images an update. start: updates already done;
-    what an earlier sitting logged beyond them is cut off, since it is about to happen again.
+    what an earlier sitting logged beyond them, or of the final evaluations, is cut off, since it
+    is about to happen again.
     seconds: already spent. label: shown with the progress. full: also TensorBoard and curves.png.
     """
 
@@ -49,7 +50,11 @@ class RunLog:
         )  # fmt: skip
         self._earlier = seconds
         self._began = self._last_step = time.monotonic()
-        self.rows = [row for row in read(folder) if row["step"] <= start]
+        self.rows = [
+            row
+            for row in read(folder)
+            if row["step"] <= start and (row["kind"], row["step"]) != ("eval", total)
+        ]
         self._file = _rewritten(folder / "log.jsonl", self.rows)
         self._board = _board(folder, start) if full else None
         self._bar = tqdm(
@@ -92,7 +97,7 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix_str(f"step {step}/{self.total} loss {loss:.3f}", refresh=False)
         self._bar.update(self.batch)
-        if self._bar.disable and (now - self._last_line > LINE_EVERY or step == self.total):
+        if self._bar.disable and now - self._last_line > LINE_EVERY:
             self._last_line = now
             done = step - self._start
             left = (self.total - step) * (now - self._began) / done
@@ -104,7 +109,8 @@ class RunLog:
     def evaluated(self, step: int, split: str, scores: Metrics) -> None:
         """Record the scores after `step` updates on the split "val" or "test"."""
         values = {name: getattr(scores, name) for name in SCORES}
-        self._write({"kind": "eval", "step": step, "split": split, **values, "images": scores.images})
+        row = {"kind": "eval", "step": step, "split": split, **values, "images": scores.images}
+        self._write(row)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{split}/{name}", value, step)
@@ -142,7 +148,7 @@ def read(folder: str | Path) -> list[dict]:
 
 
 def _rewritten(path: Path, rows: list[dict]) -> TextIO:
-    """Open a log for appending after it was cut to `rows`; each line is on disk as it is written."""
+    """Cut a log to `rows` and open it for appending, each line to disk as it is written."""
     cut = path.with_suffix(".jsonl.new")
     cut.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(cut, path)

@@ -23,6 +23,7 @@ FILE = "state.safetensors"
 class Progress:
     """How far a run has come."""
 
+    images: int  # in the training split, to notice other data
     step: int = 0  # finished updates
     evaluated: int = 0  # step of the latest evaluation
     saved: int = 0  # step of last.safetensors

@@ -28,7 +28,7 @@ from torch import nn
 from bit import checkpoint, hyperrule, models, state
 from bit.config import Config, check, resolve
 from bit.data import Augment, Batch, Dataset, Split, TrainBatches
-from bit.folder import open_folder
+from bit.folder import check_folder, write_config
 from bit.interrupt import StopSignals
 from bit.metrics import Metrics, autocast, evaluate, summed_loss
 from bit.runlog import RunLog
@@ -63,6 +63,7 @@ class Result:
     classes: tuple[str, ...]
 
     def write(self) -> None:
+        """Write result.json into the run's folder, which marks the run as finished."""
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
         checkpoint.write_atomically(
             Path(self.folder) / "result.json", lambda file: file.write(text.encode())
@@ -88,6 +89,7 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
     that are not finite and for a checkpoint that can't be written, Stopped after SIGINT or SIGTERM.
     """
     check(config)
+    check_device(config.run.device)
     task = make_task(dataset or load_dataset(config.data, config.images), config.images)
     weights = config.network.checkpoint
     trained = checkpoint.read_metadata(weights) if weights else {}
@@ -99,10 +101,13 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
     )
     if config.network.head == "keep" and "classes" in trained:
         check_same_classes(trained["classes"], task.classes, config.data)
-    folder = open_folder(config.run.out, config, resume=config.run.resume)
+    folder = Path(config.run.out)
+    check_folder(folder, config, resume=config.run.resume)
     if (finished := Result.read(folder)) is not None:
         return finished
     trainer = Trainer(config, task)
+    write_config(folder, config)  # only now, so that what can't be run leaves nothing behind
+    trainer.restore()
     start = trainer.progress
     with (
         StopSignals() as stop,
@@ -124,7 +129,7 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
 class Trainer:
     """One run: the network, the optimizer, the batches, and how far it has come.
 
-    config: resolved. If it says so, and its folder has a state file, the run goes on from there.
+    config: resolved.
     """
 
     def __init__(self, config: Config, task: Task) -> None:
@@ -136,9 +141,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = build(config, len(task.classes))
         self.optimizer = make_optimizer(self.model, config)
-        self.progress = state.Progress()
-        if settings.resume and (self.folder / state.FILE).exists():
-            self.progress = state.load(self.folder, self.model, self.optimizer)
+        self.progress = state.Progress(images=len(task.train))
         self.batches = TrainBatches(
             task.train,
             Augment(images.resize, images.crop, images.flip, images.augment == "inception"),
@@ -147,6 +150,16 @@ class Trainer:
             mixup_alpha=schedule.mixup,
             workers=settings.workers,
         )
+
+    def restore(self) -> None:
+        """Go on from the state in the run's folder, where the config says so and there is one."""
+        if self.config.run.resume and (self.folder / state.FILE).exists():
+            self.progress = state.load(self.folder, self.model, self.optimizer)
+            if self.progress.images != (count := len(self.task.train)):
+                raise ValueError(
+                    f"resume is True, but data {self.config.data!r} now has {count} training "
+                    f"images; the run was started with {self.progress.images}"
+                )
 
     def fit(self, log: RunLog, stop: StopSignals) -> Result:
         """Train to the end of the schedule, evaluating and saving on the way."""
@@ -217,12 +230,13 @@ class Trainer:
     def evaluate(self, log: RunLog, stop: StopSignals) -> Metrics | None:
         """Score and log the weights of now; keep them if they are the best on validation."""
         progress, val = self.progress, self.task.val
-        scores = self.score(val or self.task.test, stop)
+        split, name = (self.task.test, "test") if val is None else (val, "val")
+        scores = self.score(split, stop)
         if scores is None:
             return None
-        log.evaluated(progress.step, "val" if val else "test", scores)
+        log.evaluated(progress.step, name, scores)
         progress.evaluated = progress.step
-        if val and scores.top1 > progress.best_val_top1:
+        if val is not None and scores.top1 > progress.best_val_top1:
             self.write("best.safetensors", {"val": dataclasses.asdict(scores)})
             progress.best_val_top1, progress.best_step = scores.top1, progress.step
         return scores
@@ -230,12 +244,13 @@ class Trainer:
     def finish(self, log: RunLog, stop: StopSignals) -> Result:
         """Save, score the last weights on the test images and write result.json."""
         progress = self.progress
-        val = test = None
+        has_val = self.task.val is not None
+        latest = test = None
         if not stop:
-            val = self.evaluate(log, stop)
+            latest = self.evaluate(log, stop)
         self.save(log)
         if not stop:
-            test = self.score(self.task.test, stop)
+            test = self.score(self.task.test, stop) if has_val else latest
         if stop:
             raise Stopped(
                 f"stopped by {signal.Signals(stop.signum).name} after update {progress.step} of "
@@ -243,14 +258,14 @@ class Trainer:
                 self.folder,
                 stop.signum,
             )
-        if self.task.val:
+        if has_val:
             log.evaluated(progress.step, "test", test)
         has_best = progress.best_step > 0
         result = Result(
             folder=str(self.folder),
             steps=progress.step,
             test=test,
-            val=val if self.task.val else None,
+            val=latest if has_val else None,
             best_step=progress.best_step if has_best else None,
             best_val_top1=progress.best_val_top1 if has_best else None,
             seconds=log.seconds,
@@ -264,8 +279,8 @@ class Trainer:
         """Write last.safetensors, and the state that a resume needs."""
         self.progress.seconds = log.seconds
         self.write("last.safetensors", {})
-        self.write(state.FILE, None)
         self.progress.saved = self.progress.step
+        self.write(state.FILE, None)
 
     def write(self, name: str, metadata: dict[str, Any] | None) -> None:
         """Write a checkpoint with `metadata`, or the state if that is None.
@@ -308,6 +323,12 @@ class Trainer:
         if not self.keeps_files or not self.progress.saved:
             return "no checkpoint was written yet"
         return f"{self.folder / 'last.safetensors'} is of update {self.progress.saved}"
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a CUDA device that torch doesn't see."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}; it must be cpu, as torch sees no CUDA device")
 
 
 def build(config: Config, num_classes: int) -> nn.Module:

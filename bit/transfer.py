@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from bit import pixels, plots, runlog
 from bit.config import Config, Flat, Images, Job, Network, Run, Schedule, check, short_name
 from bit.data import Dataset
-from bit.folder import open_folder
+from bit.folder import check_folder, write_config
 from bit.task import load_dataset, make_task
 from bit.train import Result, Stopped, TrainingFailed, run
 
@@ -76,7 +76,7 @@ class Row:
     images: int  # in the test split
     top1: float  # on those, as share of 1
     mean_per_class: float
-    chosen: str  # what was chosen on validation images, "" if nothing
+    setting: str  # learning rate or C, where the method has one
     seconds: float
     run: str  # folder of the run, "" for a method without one
 
@@ -116,19 +116,22 @@ class Report:
             for line in table
         )
 
+    def text(self) -> str:
+        """Return the tables of all metrics, as Markdown."""
+        seeds = len({row.seed for row in self.rows})
+        return "\n\n".join(
+            f"{name} on test images in %, mean ± standard deviation of {seeds} seeds\n\n"
+            f"{self.markdown(metric)}"
+            for metric, name in METRICS.items()
+        )
+
     def write(self) -> None:
-        """Write results.csv (every row), results.md (both metrics) and study.png."""
+        """Write results.csv (every row), results.md (the tables) and study.png."""
         with open(self.folder / "results.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)])
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
-        seeds = len({row.seed for row in self.rows})
-        text = "".join(
-            f"{name} on test images in %, mean ± standard deviation of {seeds} seeds\n\n"
-            f"{self.markdown(metric)}\n\n"
-            for metric, name in METRICS.items()
-        )
-        (self.folder / "results.md").write_text(text, encoding="utf-8")
+        (self.folder / "results.md").write_text(self.text() + "\n", encoding="utf-8")
         self.draw(self.folder / "study.png")
 
     def draw(self, path: Path) -> None:
@@ -162,18 +165,16 @@ def study(config: Study) -> Report:
     Raises what `bit.train.run` raises; a Stopped then names the study's folder.
     """
     check_study(config)
-    folder = open_folder(
-        config.run.out or f"runs/transfer-{short_name(config.source)}",
-        config,
-        resume=config.run.resume,
-    )
+    folder = Path(config.run.out or f"runs/transfer-{short_name(config.source)}")
+    check_folder(folder, config, resume=config.run.resume)
+    write_config(folder, config)
     try:
         pretrained = run(pretrain_config(config, folder), label="pre-training")
         report = Report(folder, [], pretrained)
         for target in config.targets:
             dataset = load_dataset(target, config.finetune.images)
             for shots in config.shots:
-                report.rows.extend(_rows(config, folder, pretrained, target, dataset, shots))
+                report.rows.extend(_rows(config, folder, target, dataset, shots))
                 report.write()
     except Stopped as stopped:
         raise Stopped(str(stopped), folder, stopped.signum) from None
@@ -208,6 +209,8 @@ def finetune_config(
             out=str(folder / f"{short_name(target)}-{shots}" / f"{_slug(method)}-{lr:g}-{seed}"),
             resume=True,  # learning rates tried on validation images are run once
             seed=seed,
+            eval_every=None,
+            save_every=None,
             outputs="minimal",
         ),
     )
@@ -239,7 +242,7 @@ def check_study(config: Study) -> None:
 
 
 def _rows(
-    config: Study, folder: Path, pretrained: Result, target: str, dataset: Dataset, shots: int
+    config: Study, folder: Path, target: str, dataset: Dataset, shots: int
 ) -> Iterator[Row]:
     """Measure every method with every seed on one target and number of shots."""
     place = f"{short_name(target)}, {shots} a class"
@@ -264,26 +267,25 @@ def _rows(
                 target=short_name(target), shots=shots, seed=seed, method=method,
                 images=result.test.images, top1=result.test.top1,
                 mean_per_class=result.test.mean_per_class,
-                chosen=f"lr={lr:g}" if len(choices) > 1 else "", seconds=result.seconds,
-                run=result.folder,
+                setting=f"lr={lr:g}", seconds=result.seconds, run=result.folder,
             ))  # fmt: skip
     for method, classify in PIXEL_METHODS.items():
         for seed in range(config.seeds):
             began = time.monotonic()
             images = replace(config.finetune.images, shots=shots, shots_seed=seed)
             task = make_task(dataset, images)
-            top1, mean_per_class, chosen = classify(task, min(PIXEL_SIDE, task.native_size))
+            top1, mean_per_class, setting = classify(task, min(PIXEL_SIDE, task.native_size))
             yield _told(place, Row(
                 target=short_name(target), shots=shots, seed=seed, method=method,
                 images=len(task.test), top1=top1, mean_per_class=mean_per_class,
-                chosen=chosen, seconds=time.monotonic() - began, run="",
+                setting=setting, seconds=time.monotonic() - began, run="",
             ))  # fmt: skip
 
 
 def _told(place: str, row: Row) -> Row:
     print(
         f"{place}: {row.method}, seed {row.seed}: top-1 {row.top1:.1%}, mean per class "
-        f"{row.mean_per_class:.1%}  {row.chosen}",
+        f"{row.mean_per_class:.1%}  {row.setting}",
         file=sys.stderr,
     )
     return row

@@ -20,6 +20,8 @@ def _why_not_cpp(device_type: str, dtype: torch.dtype) -> str | None:
         return f"there is no kernel for device type {device_type!r} yet"
     if dtype not in _CPP_DTYPES:
         return f"the CPU kernels take float32, bfloat16 and float16, not {dtype}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func's transforms need operations that they can see through"
     return _library.why_not
 
 

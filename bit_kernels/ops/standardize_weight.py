@@ -15,7 +15,7 @@ from torch import Tensor
 from bit_kernels import reference
 from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-from bit_kernels.ops._library import call_kernel, library
+from bit_kernels.ops._library import apply_node, call_kernel, library
 
 library.define(
     "standardize_weight(Tensor weight, float eps) -> (Tensor output, Tensor mean, Tensor rstd)"
@@ -59,8 +59,8 @@ def standardize_weight(
         return _forward_op(weight, eps)[0]
     if not torch.is_grad_enabled():
         return call_kernel(_forward_op, weight, eps)[0]
-    # One Python node costs less than the dispatcher's path to the same backward.
-    return _StandardizeWeight.apply(weight, eps)[0]
+    # A node of our own costs less than the dispatcher's path to the same backward.
+    return apply_node(_StandardizeWeight, weight, eps)
 
 
 def _check(weight: Tensor) -> None:
@@ -84,16 +84,20 @@ def _backward_fake(grad_output, weight, mean, rstd):
     return empty_output(weight)
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, mean, rstd):
     weight, eps = inputs
-    _, mean, rstd = output
     ctx.save_for_backward(weight, mean, rstd)
     ctx.eps = eps
+
+
+def _setup_context(ctx, inputs, output):
+    _, mean, rstd = output
+    _save(ctx, inputs, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, _grad_mean, _grad_rstd):
+def _backward(ctx, grad_output, *_grad_statistics):
     weight, mean, rstd = ctx.saved_tensors
     if grad_output is None:
         return None, None
@@ -108,8 +112,8 @@ def _backward(ctx, grad_output, _grad_mean, _grad_rstd):
 class _StandardizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        output = call_kernel(_forward_op, *inputs)
-        _setup_context(ctx, inputs, output)
+        output, mean, rstd = call_kernel(_forward_op, *inputs)
+        _save(ctx, inputs, mean, rstd)
         return output
 
     backward = staticmethod(_backward)

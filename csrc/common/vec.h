@@ -54,11 +54,17 @@ inline Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
 inline Vec where_active(Vec output, Vec gradient) { return output <= Vec{} ? Vec{} : gradient; }
 
 inline float sum_lanes(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lane[kLanes];
   memcpy(lane, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+#endif
 }
 
 inline Vec load(const float* p) {
@@ -180,6 +186,20 @@ inline void finish_streaming() {
 #endif
 }
 
+// `v` with all but its last `count` lanes zero.
+inline Vec last_lanes(Vec v, int64_t count) {
+  struct Masks {
+    int32_t lane[2 * kLanes];
+    constexpr Masks() : lane() {
+      for (int i = kLanes; i < 2 * kLanes; ++i) lane[i] = -1;
+    }
+  };
+  static constexpr Masks masks;
+  Bits mask;
+  memcpy(&mask, masks.lane + count, sizeof mask);
+  return (Vec)((Bits)v & mask);
+}
+
 // How a loop over `n` elements sees one vector of them: whole, or the first `count` lanes.
 struct Whole {
   template <class T>
@@ -209,6 +229,10 @@ inline void for_vectors(int64_t n, const Body& body) {
 
 constexpr int64_t kLineBytes = 64;
 
+// Outputs past this size are streamed to memory: they would push out of the caches what the next
+// layer reads, and a plain store reads each line before it writes it.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
 // Elements from `p` to the next cache line.
 template <class T>
 inline int64_t to_line(const T* p) {
@@ -230,7 +254,12 @@ inline void write_run(T* y, int64_t n, const F& f) {
       for (int64_t k = 0; k < kLine; k += kLanes) stream(y + i + k, f(i + k, Whole{}));
   }
   for (; i + kLanes <= n; i += kLanes) store(y + i, f(i, Whole{}));
-  if (i < n) store_first(y + i, f(i, Part{n - i}), n - i);
+  if (i == n) return;
+  // A whole vector that ends with the run is cheaper than a part of one; streamed lines stay whole.
+  if (!kStream && n >= kLanes)
+    store(y + n - kLanes, f(n - kLanes, Whole{}));
+  else
+    store_first(y + i, f(i, Part{n - i}), n - i);
 }
 
 // Calls body(of) with `of.type` the element type that `element` names.

@@ -158,8 +158,11 @@ struct Contiguous {
     for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
       for (int u = 0; u < kUnroll; ++u) add(u, load(x + i + u * kLanes), load(dy + i + u * kLanes));
     for (; i + kLanes <= n; i += kLanes) add(0, load(x + i), load(dy + i));
-    // Lanes past the end carry no gradient.
-    if (i < n) add(1, load_first(x + i, n - i), load_first(dy + i, n - i));
+    // Lanes past the end, or counted before, carry no gradient.
+    if (i < n && n >= kLanes)
+      add(1, load(x + n - kLanes), last_lanes(load(dy + n - kLanes), n - i));
+    else if (i < n)
+      add(1, load_first(x + i, n - i), load_first(dy + i, n - i));
     return {sum_lanes((plain[0] + plain[1]) + (plain[2] + plain[3])),
             sum_lanes((centred[0] + centred[1]) + (centred[2] + centred[3]))};
   }
@@ -318,26 +321,37 @@ struct ChannelsLast {
       part.template store<false>(squares + c, relu(part.load(squares + c) - s * offset));
     });
     for (int64_t g = 0; g < shape.groups; ++g) {
-      float total = 0, within = 0, between = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        total += shift[c];
-        within += squares[c];
-      }
-      const float mean = total / width;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c)
-        between += (shift[c] - mean) * (shift[c] - mean);
+      const float *means = shift + g * width, *deviations = squares + g * width;
+      const float mean = sum_run(means, [](auto v) { return v; }) / width;
+      const float within = sum_run(deviations, [](auto v) { return v; });
+      const float between = sum_run(means, [mean](auto v) { return (v - mean) * (v - mean); });
       out[g] = {double(pixels * width), mean, double{within} + double(pixels) * between};
     }
+  }
+
+  // The sum of f(value) over the channels of a group.
+  template <class F>
+  float sum_run(const float* values, const F& f) const {
+    int64_t i = 0;
+    float sum = 0;
+    if (width >= kLanes) {
+      Vec sums{};
+      for (; i + kLanes <= width; i += kLanes) sums += f(load(values + i));
+      sum = sum_lanes(sums);
+    }
+    for (; i < width; ++i) sum += f(values[i]);
+    return sum;
   }
 
   // parameters: mean, scale, bias of each channel of one sample (then slope and offset).
   void fill_affine(const float* mean, const float* rstd, const float* weight, const float* bias,
                    float* parameters) const {
-    for (int64_t c = 0; c < channels; ++c) {
-      parameters[c] = mean[c / width];
-      parameters[channels + c] = rstd[c / width] * weight[c];
-      parameters[2 * channels + c] = bias[c];
-    }
+    for (int64_t g = 0; g < shape.groups; ++g)
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+        parameters[c] = mean[g];
+        parameters[channels + c] = rstd[g] * weight[c];
+        parameters[2 * channels + c] = bias[c];
+      }
   }
   template <class P>
   Affine affine(const float* parameters, int64_t c, P part, Floor floor) const {

@@ -36,8 +36,4 @@ struct Kernels {
 // The fastest build that this processor runs, chosen once.
 const Kernels& kernels();
 
-// Outputs past this size are streamed to memory: they would push out of the caches what the next
-// layer reads, and a plain store reads each line before it writes it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 }  // namespace bit_kernels

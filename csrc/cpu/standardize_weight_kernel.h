@@ -14,7 +14,7 @@ namespace bit_kernels {
 namespace BIT_KERNELS_ISA {
 namespace {
 
-template <class T>
+template <bool kStream, class T>
 void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weight, double eps,
                       T* output, float* mean, float* rstd) {
   for (int64_t row = begin; row < end; ++row) {
@@ -24,12 +24,13 @@ void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weig
     mean[row] = static_cast<float>(m.mean);
     rstd[row] = reciprocal_root(m, eps);
     const Vec shift = broadcast(mean[row]), scale = broadcast(rstd[row]);
-    write_run<false>(y, columns,
+    write_run<kStream>(y, columns,
                      [&](int64_t i, auto part) { return (part.load(w + i) - shift) * scale; });
   }
+  if (kStream) finish_streaming();
 }
 
-template <class T>
+template <bool kStream, class T>
 void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, const T* grad_output,
                                const T* weight, const float* mean, const float* rstd,
                                T* grad_weight) {
@@ -57,11 +58,19 @@ void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, cons
     const Vec scales = broadcast(rstd[row]);
     const Vec slope = broadcast(static_cast<float>(-scale * scale * scale * centred / columns));
     const Vec mean_gradient = broadcast(static_cast<float>(plain / columns));
-    write_run<false>(grad_weight + row * columns, columns, [&](int64_t i, auto part) {
+    write_run<kStream>(grad_weight + row * columns, columns, [&](int64_t i, auto part) {
       const Vec d = part.load(w + i) - shift;
       return multiply_add(scales, part.load(dy + i) - mean_gradient, slope * d);
     });
   }
+  if (kStream) finish_streaming();
+}
+
+// Whether rows are streamed: whole lines of a large output.
+template <class T>
+bool streams_rows(int64_t rows, int64_t columns, const T* output) {
+  const int64_t row = columns * sizeof(T);
+  return rows * row >= kStreamBytes && row % kLineBytes == 0 && to_line(output) == 0;
 }
 
 }  // namespace
@@ -70,9 +79,11 @@ void standardize_weight(int64_t rows, int64_t columns, Element element, const vo
                         double eps, void* output, float* mean, float* rstd) {
   with_element(element, [&](auto of) {
     using T = typename decltype(of)::type;
+    T* out = static_cast<T*>(output);
+    const auto run = streams_rows(rows, columns, out) ? standardize_rows<true, T>
+                                                      : standardize_rows<false, T>;
     parallel_for(rows, rows * columns >= kParallelElements, [&](int64_t begin, int64_t end) {
-      standardize_rows(begin, end, columns, static_cast<const T*>(weight), eps,
-                       static_cast<T*>(output), mean, rstd);
+      run(begin, end, columns, static_cast<const T*>(weight), eps, out, mean, rstd);
     });
   });
 }
@@ -82,10 +93,12 @@ void standardize_weight_backward(int64_t rows, int64_t columns, Element element,
                                  const float* rstd, void* grad_weight) {
   with_element(element, [&](auto of) {
     using T = typename decltype(of)::type;
+    T* out = static_cast<T*>(grad_weight);
+    const auto run = streams_rows(rows, columns, out) ? standardize_rows_backward<true, T>
+                                                      : standardize_rows_backward<false, T>;
     parallel_for(rows, rows * columns >= kParallelElements, [&](int64_t begin, int64_t end) {
-      standardize_rows_backward(begin, end, columns, static_cast<const T*>(grad_output),
-                                static_cast<const T*>(weight), mean, rstd,
-                                static_cast<T*>(grad_weight));
+      run(begin, end, columns, static_cast<const T*>(grad_output), static_cast<const T*>(weight),
+          mean, rstd, out);
     });
   });
 }

@@ -237,7 +237,10 @@ def test_cases_of_the_ops_suite():
 
 @pytest.mark.parametrize(
     "nbytes, forward, backward",
-    [(1 << 30, 2, 2), (16 << 20, 8, 4), (16384, 4096, 4096), (8192, None, 4096), (2048, None, None)],
+    [
+        (1 << 30, 2, 2), (16 << 20, 8, 4), (16384, 4096, 4096), (8192, None, 4096),
+        (2048, None, None),
+    ],
 )
 def test_inputs_exceed_the_caches(nbytes, forward, backward):
     for direction, copies in (("forward", forward), ("backward", backward)):

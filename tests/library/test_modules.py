@@ -115,3 +115,17 @@ def test_double_precision_gradients():
     model = network().double()
     x = torch.randn(1, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model, (x,))
+
+
+def test_torch_func_sees_through():
+    model, x = network(), torch.randn(4, 3, 6, 6)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model.zero_grad()
+    sum(loss(parameters, sample) for sample in x).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(per_sample[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-3)

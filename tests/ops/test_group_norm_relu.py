@@ -39,7 +39,7 @@ def _unfused(x, w=None, b=None, *, relu, groups, eps):
 
 def make(shape, groups, dtype, layout="contiguous", affine=True, seed=0):
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=random) * 2 + torch.randn(shape[1]).view(-1, *[1] * (len(shape) - 2))
+    x = torch.randn(shape, generator=random) * 2 + torch.randn(shape[1], generator=random).view(-1, *[1] * (len(shape) - 2))
     x = LAYOUTS[layout](x.to(dtype))
     inputs = [x]
     if affine:

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from bit import checkpoint, cli, config, hyperrule, interrupt, metrics, models, runlog, state, train
 from bit.config import Config, Images, Network, Run, Schedule
-from bit.data import Batch, Dataset, Split
+from bit.data import Dataset, Split
 from bit.task import make_task
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +261,25 @@ def test_resume_is_bit_identical(stop_in, straight, dataset, tmp_path, monkeypat
     assert ours == theirs
 
 
+def test_stop_in_the_final_evaluation(straight, dataset, tmp_path, monkeypatch):
+    """The validation images are scored, then a signal comes before the test images are."""
+    real, calls = train.evaluate, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", signalled)
+    with pytest.raises(train.Stopped, match="after update 12 of 12"):
+        train.run(tiny(tmp_path / "run"), dataset)
+    result = train.run(tiny(tmp_path / "run", resume=True), dataset)
+    assert (result.test, result.val) == (straight.test, straight.val)
+    steps = [(r["kind"], r["step"], r.get("split")) for r in runlog.read(tmp_path / "run")]
+    assert steps == [(r["kind"], r["step"], r.get("split")) for r in runlog.read(straight.folder)]
+
+
 def test_resume_after_a_kill_goes_on_from_the_last_save(straight, dataset, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -286,7 +304,7 @@ def test_sigterm_to_a_process_then_the_printed_command(tmp_path):
         "--batch", "4", "--micro-batch", "3", "--steps", "8", "--mixup", "0.4", "--shots", "10",
         "--eval-every", "100", "--threads", "1",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "bit.train", *arguments, "--out", str(tmp_path / "run")]
+    command = [*arguments, "--out", str(tmp_path / "run")]
     # The child stops itself, so that the signal always falls into the same update.
     child = (
         "import os, signal, sys\n"
@@ -299,14 +317,13 @@ def test_sigterm_to_a_process_then_the_printed_command(tmp_path):
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     stopped = subprocess.run(
-        [sys.executable, "-c", child, *command[3:]], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", child, *command], cwd=ROOT, capture_output=True, text=True
     )
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "stopped by SIGTERM after update 5 of 8" in stopped.stderr
     *_, hint = stopped.stderr.strip().splitlines()
-    assert hint == f"go on with: python -m bit.train {' '.join(command[3:])} --resume"
-    resumed = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    assert hint == f"go on with: python -m bit.train {' '.join(command)} --resume"
+    assert cli.main([*command, "--resume"]) == 0
     assert cli.main([*arguments, "--out", str(tmp_path / "straight")]) == 0
     assert_same_bits(weights(tmp_path / "run"), weights(tmp_path / "straight"))
 
@@ -352,6 +369,15 @@ def test_resume_refuses_other_settings_by_name(straight, dataset):
     assert "schedule.base_lr: 0.05 -> 0.1" in str(caught.value)
     harmless = tiny(straight.folder, resume=True, eval_every=3, save_every=5, workers=2, threads=2)
     assert train.run(harmless, dataset) == straight
+
+
+def test_resume_refuses_other_images(dataset, tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(train.Stopped):
+        train.run(tiny(tmp_path / "run"), dataset)
+    fewer = Dataset("noise", dataset.train.subset(range(27)), dataset.test)
+    with pytest.raises(ValueError, match="now has 21 training images; the run .* with 24"):
+        train.run(tiny(tmp_path / "run", resume=True), fewer)
 
 
 # When things go wrong
@@ -420,6 +446,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
         (["--classes", "1", "x"], "classes has x; digits has 0, 1, 2"),
         ([], "model is None and no checkpoint tells it"),
         (["--checkpoint", "no.safetensors"], "no.safetensors"),
+        (["--model", "R51x1"], "name is 'R51x1'"),
     ):
         assert cli.main(["finetune", "--out", str(tmp_path / "run"), *arguments]) == 2
         error = capsys.readouterr().err

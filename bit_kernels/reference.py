@@ -31,9 +31,11 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
     Half types are computed in float32: an eps of 1e-10 is zero in float16.
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    axes = tuple(range(1, weight.dim()))
-    var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
-    return ((wide - mean) * torch.rsqrt(var + eps)).to(weight.dtype)
+    # A batch norm over one sample whose channels are the kernels: PyTorch's fastest way to say it.
+    rows = torch.batch_norm(
+        wide.flatten(1)[None], None, None, None, None, True, 0.0, eps, torch.backends.cudnn.enabled
+    )
+    return rows.reshape(weight.shape).to(weight.dtype)
 
 
 def gradients(function, inputs, grad_output: Tensor) -> list[Tensor | None]:

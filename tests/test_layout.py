@@ -1,0 +1,63 @@
+"""Every op has all its places, under its one name (CONTRIBUTING.md), and imports point one way."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from bit_kernels import functional, reference
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(functional.__all__)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_places(op):
+    for path in (
+        f"bit_kernels/ops/{op}.py",
+        f"csrc/cpu/{op}.cpp",
+        f"csrc/cpu/{op}_kernel.h",
+        f"tests/ops/test_{op}.py",
+        f"benchmarks/ops/{op}.py",
+    ):
+        assert (ROOT / path).is_file(), path
+    assert callable(getattr(reference, op))
+    backends = importlib.import_module("bit_kernels.backends")
+    assert op in backends.small_elements
+    schema = (ROOT / f"bit_kernels/ops/{op}.py").read_text()
+    registered = (ROOT / f"csrc/cpu/{op}.cpp").read_text()
+    for name in (op, f"{op}_backward"):
+        assert f'"{name}(Tensor' in schema and f'm.impl("{name}"' in registered
+
+
+def test_no_op_beside_these():
+    files = {p.stem for p in (ROOT / "bit_kernels/ops").glob("*.py") if p.stem[0] != "_"}
+    assert files == set(OPS)
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_imports_point_one_way():
+    for path in (ROOT / "bit_kernels").rglob("*.py"):
+        assert not imports(path) & {"bit", "benchmarks"}, path
+    for path in (ROOT / "bit").rglob("*.py"):
+        assert "benchmarks" not in imports(path), path
+    assert imports(ROOT / "bit/hyperrule.py") == set()
+
+
+def test_no_pickle_is_loaded():
+    for package in ("bit", "bit_kernels", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text()
+            assert "torch.load(" not in text and "import pickle" not in text, path
+            assert "allow_pickle=True" not in text, path

@@ -14,7 +14,7 @@ _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to this many elements eager PyTorch is done before a call of ours has reached its kernel (2 cores
 # of an AMD EPYC; benchmarks/results). Contiguous tensors; channels_last is slow in PyTorch sooner.
-small_elements = {"group_norm_relu": 131072, "standardize_weight": 65536}
+small_elements = {"group_norm_relu": 32768, "standardize_weight": 0}
 
 _told: set[tuple[str, str]] = set()
 

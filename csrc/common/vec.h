@@ -180,6 +180,22 @@ inline void stream(Half* p, Vec v) {
 #endif
 }
 
+// While one run of memory is written, memory can already be asked for what is read next: how far
+// ahead that is for runs of `n` elements, whole runs and at least 8 kB; 0 for runs so long that
+// the second-level cache can't hold two of them.
+template <class T>
+inline int64_t elements_ahead(int64_t n) {
+  constexpr int64_t kNear = 8192 / sizeof(T), kFar = 32768 / sizeof(T);
+  if (n <= 0 || n > kFar) return 0;
+  return (kNear + n - 1) / n * n;
+}
+
+// Asks for the line at `p`, which may lie past the end of what is owned.
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 inline void finish_streaming() {
 #if defined(__SSE2__)
   _mm_sfence();

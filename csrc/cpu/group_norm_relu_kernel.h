@@ -71,6 +71,7 @@ template <class T>
 struct Contiguous {
   const GroupNormShape& shape;
   const int64_t width = shape.channels / shape.groups, size = width * shape.pixels;
+  const int64_t ahead = elements_ahead<T>(size);
 
   // A channel of one sample: `channel` counts over all samples, `in_sample` within its own.
   struct Channel {
@@ -93,7 +94,10 @@ struct Contiguous {
       const Affine f = affine(c, mean, rstd, weight, bias, floor);
       const T* in = x + c.channel * shape.pixels + begin;
       write_run<kStream>(y + c.channel * shape.pixels + begin, end - begin,
-                         [&](int64_t i, auto part) { return f.output(part.load(in + i)); });
+                         [&](int64_t i, auto part) {
+                           prefetch(in + i + ahead);
+                           return f.output(part.load(in + i));
+                         });
     };
     auto keep = [&](int64_t group, const Moments& m) {
       mean[group] = static_cast<float>(m.mean);
@@ -198,6 +202,8 @@ struct Contiguous {
       const Gradient f = {affine(c, mean, rstd, weight, bias, floor), broadcast(of_group.slope),
                           broadcast(of_group.offset)};
       write_run<kStream>(dx + at, end - begin, [&](int64_t i, auto part) {
+        prefetch(x + at + i + ahead);
+        prefetch(dy + at + i + ahead);
         return f.input(part.load(x + at + i), part.load(dy + at + i));
       });
     };

@@ -17,6 +17,7 @@ namespace {
 template <bool kStream, class T>
 void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weight, double eps,
                       T* output, float* mean, float* rstd) {
+  const int64_t ahead = elements_ahead<T>(columns);
   for (int64_t row = begin; row < end; ++row) {
     const T* w = weight + row * columns;
     T* y = output + row * columns;
@@ -25,7 +26,10 @@ void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weig
     rstd[row] = reciprocal_root(m, eps);
     const Vec shift = broadcast(mean[row]), scale = broadcast(rstd[row]);
     write_run<kStream>(y, columns,
-                     [&](int64_t i, auto part) { return (part.load(w + i) - shift) * scale; });
+                        [&](int64_t i, auto part) {
+                          prefetch(w + i + ahead);
+                          return (part.load(w + i) - shift) * scale;
+                        });
   }
   if (kStream) finish_streaming();
 }
@@ -34,6 +38,7 @@ template <bool kStream, class T>
 void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, const T* grad_output,
                                const T* weight, const float* mean, const float* rstd,
                                T* grad_weight) {
+  const int64_t ahead = elements_ahead<T>(columns);
   for (int64_t row = begin; row < end; ++row) {
     const T *dy = grad_output + row * columns, *w = weight + row * columns;
     const Vec shift = broadcast(mean[row]);
@@ -59,6 +64,8 @@ void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, cons
     const Vec slope = broadcast(static_cast<float>(-scale * scale * scale * centred / columns));
     const Vec mean_gradient = broadcast(static_cast<float>(plain / columns));
     write_run<kStream>(grad_weight + row * columns, columns, [&](int64_t i, auto part) {
+      prefetch(w + i + ahead);
+      prefetch(dy + i + ahead);
       const Vec d = part.load(w + i) - shift;
       return multiply_add(scales, part.load(dy + i) - mean_gradient, slope * d);
     });

@@ -32,12 +32,20 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = AVX2
     # GCC's own AVX-512 headers trip its warnings about uninitialised values.
     ISAS["avx512"] = AVX2 + [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
-        "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mprefer-vector-width=512",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
     ]
 
 PLAIN_SOURCES = [
-    "bindings.cpp", "cpu/isa.cpp", "cpu/group_norm_relu.cpp", "cpu/standardize_weight.cpp",
+    "bindings.cpp",
+    "cpu/isa.cpp",
+    "cpu/group_norm_relu.cpp",
+    "cpu/standardize_weight.cpp",
 ]
 
 
@@ -81,7 +89,9 @@ def ninja_file(library: Path) -> str:
     flags = FLAGS + STABLE_ABI + [f'-isystem "{path}"' for path in includes]
     links = [f'"-L{torch / "lib"}"', "-ltorch_cpu", "-lc10"]
     # On macOS Python's own symbols are found when the library is loaded.
-    shared = ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared"]
+    shared = (
+        ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared"]
+    )
     units = [(source, Path(source).stem, []) for source in PLAIN_SOURCES]
     units += [
         ("cpu/isa_build.cpp", isa, [f"-DBIT_KERNELS_ISA={isa}", *extra])

@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [
         case
         for case in suite.cases(
-            threads=options.threads, dtypes=options.dtype, quick=options.quick,
+            threads=options.threads,
+            dtypes=options.dtype,
+            quick=options.quick,
             compiled=options.compile,
         )
         if all(part in case.name for part in options.filter)
@@ -59,34 +61,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__,
+        prog="python -m benchmarks",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: a minute")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=sorted({1, machine.cores()}), metavar="N",
+        "--threads",
+        type=int,
+        nargs="+",
+        default=sorted({1, machine.cores()}),
+        metavar="N",
         help="numbers of threads (default: 1 and all cores)",
     )
     parser.add_argument(
-        "--filter", nargs="+", default=[], metavar="SUBSTRING",
+        "--filter",
+        nargs="+",
+        default=[],
+        metavar="SUBSTRING",
         help="only cases with all of these in their name",
     )
     parser.add_argument(
-        "--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"],
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "bfloat16", "float16"],
     )
     parser.add_argument("--rounds", type=int, help="samples a figure (default: 15, quick: 7)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rivals")
     parser.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="also time torch.compile of the eager rival; needs a C++ compiler, and minutes",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="CSV",
+        "--out",
+        type=Path,
+        metavar="CSV",
         help="file to append to (default: a new one in benchmarks/results)",
     )
     parser.add_argument(
-        "--markdown", action="store_true", help="also write a table beside the CSV, as .md",
+        "--markdown",
+        action="store_true",
+        help="also write a table beside the CSV, as .md",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     return parser
@@ -101,7 +119,8 @@ def _run(suite, cases, rounds: int, seed: int, out: report.CsvFile, markdown: bo
     large = any(case.necessary_bytes for case in cases)
     keeps = machine.keep_freed_memory(RESERVE if large else RESERVE // 8)
     run = report.Run(
-        machine.device(), machine.versions(),
+        machine.device(),
+        machine.versions(),
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     print(f"{run.device}\n{run.versions}\n{len(cases)} cases, {rounds} rounds each")

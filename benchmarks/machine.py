@@ -71,7 +71,9 @@ def _git(*arguments: str) -> str:
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True, text=True, timeout=10,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -70,8 +70,15 @@ def limit_rows(suite: str, results: Iterable[Result], run: Run) -> list[Row]:
         samples.setdefault(result.case.threads, []).extend(result.copy_gbps)
     return [
         _row(
-            suite, "limit", COPY, "copy_gbps", *(quantile(values, q) for q in (0.2, 0.5, 0.8)),
-            "GB/s", threads, "float32", run,
+            suite,
+            "limit",
+            COPY,
+            "copy_gbps",
+            *(quantile(values, q) for q in (0.2, 0.5, 0.8)),
+            "GB/s",
+            threads,
+            "float32",
+            run,
         )
         for threads, values in samples.items()
         if values
@@ -86,8 +93,19 @@ def load_row(suite: str, when: str, busy: float, run: Run) -> Row:
 def _row(suite, case, provider, metric, p20, p50, p80, unit, threads, dtype, run: Run) -> Row:
     low, middle, high = (float(f"{value:.5g}") for value in (p20, p50, p80))
     return Row(
-        suite, case, provider, metric, low, middle, high, unit,
-        run.device, threads, dtype, run.versions, run.date,
+        suite,
+        case,
+        provider,
+        metric,
+        low,
+        middle,
+        high,
+        unit,
+        run.device,
+        threads,
+        dtype,
+        run.versions,
+        run.date,
     )
 
 
@@ -224,8 +242,13 @@ def markdown(suite: str, results: list[Result], run: Run) -> str:
             share = result.share_of_copy(middle)
             speedup = result.speedup(provider)
             cells = [
-                case.name, case.dtype, case.threads, case.passes or "",
-                f"{quantile(result.copy_gbps, 0.5):.1f}", provider, f"{middle * 1e3:.4g}",
+                case.name,
+                case.dtype,
+                case.threads,
+                case.passes or "",
+                f"{quantile(result.copy_gbps, 0.5):.1f}",
+                provider,
+                f"{middle * 1e3:.4g}",
                 "" if share is None else f"{share:.2f}",
                 "" if speedup is None else "{1:.2f} ({0:.2f}-{2:.2f})".format(*speedup),
             ]

@@ -149,16 +149,12 @@ def evaluate(options: Evaluate) -> Evaluation:
         workers=options.workers,
     )
     counts = split.counts().tolist()
-    return Evaluation(
-        options.checkpoint, data, options.split, size, task.classes, counts, scores
-    )
+    return Evaluation(options.checkpoint, data, options.split, size, task.classes, counts, scores)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 failed, 2 wrong."""
-    options = tyro.cli(
-        Evaluate, args=args, prog=PROG, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    options = tyro.cli(Evaluate, args=args, prog=PROG, config=(tyro.conf.FlagCreatePairsOff,))
 
     def command() -> None:
         result = evaluate(options)

@@ -241,9 +241,7 @@ def check_study(config: Study) -> None:
             check(finetune_config(config, Path(), config.targets[0], TRANSFER, shots, lr, 0))
 
 
-def _rows(
-    config: Study, folder: Path, target: str, dataset: Dataset, shots: int
-) -> Iterator[Row]:
+def _rows(config: Study, folder: Path, target: str, dataset: Dataset, shots: int) -> Iterator[Row]:
     """Measure every method with every seed on one target and number of shots."""
     place = f"{short_name(target)}, {shots} a class"
 

@@ -12,8 +12,8 @@ NAMES = ("cpp", "reference")
 
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Up to this many elements eager PyTorch is done before a call of ours has reached its kernel (2 cores
-# of an AMD EPYC; benchmarks/results). Contiguous tensors; channels_last is slow in PyTorch sooner.
+# Up to this many elements eager PyTorch is done before a call of ours has reached its kernel
+# (2 cores of an AMD EPYC; benchmarks/results); half as many in channels_last.
 small_elements = {"group_norm_relu": 32768, "standardize_weight": 0}
 
 _told: set[tuple[str, str]] = set()

@@ -44,7 +44,11 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.group_norm_relu(
-            input, self.num_groups, self.weight, self.bias, self.eps,
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
             relu=self.activation == "relu",
         )
 

@@ -18,7 +18,7 @@ def group_norm_relu(
     *,
     relu: bool = True,
 ) -> Tensor:
-    """max(0, (x - mean) / sqrt(var + eps) * weight + bias), statistics over each sample's groups."""
+    """max(0, (x - mean) / sqrt(var + eps) * weight + bias), over each sample's groups."""
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # F.group_norm fails on a bias alone
     output = F.group_norm(input, num_groups, weight, bias, eps)

@@ -1,4 +1,4 @@
-"""What "correct" means here: the error rule, the memory layouts, and running an op with gradients."""
+"""What "correct" means here: the error rule, memory layouts, an op with its gradients."""
 
 import torch
 from torch import Tensor
@@ -67,4 +67,6 @@ def assert_as_good(names, ours, unfused, truth):
         rival = (theirs.double() - true).abs().max().item()
         rounding = torch.finfo(mine.dtype).eps * true.abs().max().item()
         bound = 2 * rival + 2 * rounding
-        assert error <= bound, f"{name}: error {error:.3g}, at most {bound:.3g} (unfused {rival:.3g})"
+        assert error <= bound, (
+            f"{name}: error {error:.3g}, at most {bound:.3g} (unfused {rival:.3g})"
+        )

@@ -130,7 +130,10 @@ class OpWorkload:
             ]
         return [
             functools.partial(
-                torch.autograd.grad, rival(*self._inputs(index)), self._inputs(index), gradient,
+                torch.autograd.grad,
+                rival(*self._inputs(index)),
+                self._inputs(index),
+                gradient,
                 retain_graph=True,
             )
             for index, gradient in enumerate(self._gradients)

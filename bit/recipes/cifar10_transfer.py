@@ -24,7 +24,7 @@ def config() -> Study:
         pretrain=Job(
             images=Images(crop=64, resize=72, val_fraction=0.02),
             network=Network(model="R26x0.5"),
-            schedule=Schedule(rule="BiT-S", batch=128, micro_batch=128, steps=2400, base_lr=0.05),
+            schedule=Schedule(rule="BiT-S", batch=128, micro_batch=128, steps=2400, base_lr=0.03),
         ),
         finetune=Job(
             images=Images(crop=64, resize=72, val_fraction=0.2),

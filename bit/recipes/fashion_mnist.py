@@ -19,8 +19,6 @@ def config() -> Config:
         data="fashion-mnist",
         images=Images(crop=28, resize=32, val_fraction=0.05),
         network=Network(model="R26x0.25", stem="small"),
-        schedule=Schedule(
-            batch=128, micro_batch=128, steps=2400, base_lr=0.05, weight_decay=1e-4
-        ),
+        schedule=Schedule(batch=128, micro_batch=128, steps=2400, base_lr=0.05, weight_decay=1e-4),
         run=Run(out="runs/fashion-mnist"),
     )

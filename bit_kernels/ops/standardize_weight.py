@@ -28,9 +28,7 @@ _forward_op = torch.ops.bit_kernels.standardize_weight.default
 _backward_op = torch.ops.bit_kernels.standardize_weight_backward.default
 
 
-def standardize_weight(
-    weight: Tensor, eps: float = 1e-10, *, backend: str | None = None
-) -> Tensor:
+def standardize_weight(weight: Tensor, eps: float = 1e-10, *, backend: str | None = None) -> Tensor:
     """Each output channel's kernel with mean 0 and variance 1.
 
     >>> w = standardize_weight(torch.randn(64, 3, 7, 7))

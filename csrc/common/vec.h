@@ -1,7 +1,7 @@
 // The vector type that kernels are written in, one width per instruction set.
 //
 // A kernel file is compiled once per instruction set (setup.py), each time with another
-// BIT_KERNELS_ISA and the compiler's flags for it; `isa.h` picks one at run time. Everything here
+// BIT_KERNELS_ISA and the compiler's flags for it; cpu/isa.cpp picks one at run time. Everything here
 // lives in that namespace, so no inline function of one build can be linked into another.
 #pragma once
 
@@ -156,7 +156,8 @@ inline void store_first(T* p, Vec v, int64_t count) {
   memcpy(p, padded, count * sizeof(T));
 }
 
-// Past the cache: the line is not read before it is written. `p` must be aligned to one vector, and `finish_streaming` must follow before another thread reads.
+// Past the cache: the line is not read before it is written. `p` must be aligned to one vector, and
+// `finish_streaming` must follow before another thread reads.
 inline void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);

@@ -16,7 +16,8 @@ struct Rows {
 
 Rows rows_of(const char* op, const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() >= 2, op,
-                  ": weight must have at least 2 dimensions (C_out, C_in, ...), has ", weight.dim());
+                  ": weight must have at least 2 dimensions (C_out, C_in, ...), has ",
+                  weight.dim());
   int64_t columns = 1;
   for (int64_t d = 1; d < weight.dim(); ++d) columns *= weight.size(d);
   return {weight.size(0), columns};

@@ -20,7 +20,11 @@ backends = importlib.import_module("bit_kernels.backends")
 def python(code: str, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False,
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

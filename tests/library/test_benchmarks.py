@@ -19,14 +19,20 @@ import benchmarks
 from benchmarks import machine, ops, report, runner
 from benchmarks.ops import group_norm_relu, standardize_weight
 from benchmarks.runner import (
-    Case, CopyLimit, Racer, Result, disagreement, gate, measure, orders, quantile,
+    Case,
+    CopyLimit,
+    Racer,
+    Result,
+    disagreement,
+    gate,
+    measure,
+    orders,
+    quantile,
 )
 from benchmarks.shapes import distinct, network_shapes
 
 RUN = report.Run("a processor, 2 cores", "torch 0; python 0", "2026-01-01T00:00:00+00:00")
-COLUMNS = (
-    "suite,case,provider,metric,p20,p50,p80,unit,device,threads,dtype,versions,date"
-)
+COLUMNS = "suite,case,provider,metric,p20,p50,p80,unit,device,threads,dtype,versions,date"
 
 
 class FakeWorkload:
@@ -58,8 +64,14 @@ class FakeWorkload:
 
 def fake_case(*providers, workload=None, **fields):
     return Case(
-        suite="fake", name="double/1000", dtype="float32", threads=1, providers=providers,
-        baselines=("unfused",), prepare=lambda: workload or FakeWorkload(), **fields,
+        suite="fake",
+        name="double/1000",
+        dtype="float32",
+        threads=1,
+        providers=providers,
+        baselines=("unfused",),
+        prepare=lambda: workload or FakeWorkload(),
+        **fields,
     )
 
 
@@ -149,8 +161,11 @@ def test_rows_and_their_arithmetic():
     )
     rows = {(row.provider, row.metric): row for row in report.rows(result, RUN)}
     assert set(rows) == {
-        ("ours", "time_ms"), ("ours", "share_of_copy"), ("ours", "speedup"),
-        ("unfused", "time_ms"), ("unfused", "share_of_copy"),
+        ("ours", "time_ms"),
+        ("ours", "share_of_copy"),
+        ("ours", "speedup"),
+        ("unfused", "time_ms"),
+        ("unfused", "share_of_copy"),
     }
     time_ms = rows["ours", "time_ms"]
     assert (time_ms.p20, time_ms.p50, time_ms.p80) == pytest.approx((0.14, 0.2, 0.26))
@@ -160,9 +175,12 @@ def test_rows_and_their_arithmetic():
     speedup = rows["ours", "speedup"]
     assert (speedup.p50, speedup.unit) == (2.0, "x unfused")
     assert speedup.p20 < 2.0 < speedup.p80
-    limit, = report.limit_rows("fake", [result, result], RUN)
+    (limit,) = report.limit_rows("fake", [result, result], RUN)
     assert (limit.provider, limit.metric, limit.p50, limit.unit) == (
-        "torch_copy", "copy_gbps", 20.0, "GB/s",
+        "torch_copy",
+        "copy_gbps",
+        20.0,
+        "GB/s",
     )
 
 
@@ -195,8 +213,17 @@ def test_shapes_are_those_of_r50x1():
     parameters += sum(2 * channels for channels, _, _ in shapes.norm_inputs)
     assert parameters == 23_500_352
     assert distinct(shapes.norm_inputs) == (
-        (64, 56, 56), (256, 56, 56), (128, 56, 56), (128, 28, 28), (512, 28, 28), (256, 28, 28),
-        (256, 14, 14), (1024, 14, 14), (512, 14, 14), (512, 7, 7), (2048, 7, 7),
+        (64, 56, 56),
+        (256, 56, 56),
+        (128, 56, 56),
+        (128, 28, 28),
+        (512, 28, 28),
+        (256, 28, 28),
+        (256, 14, 14),
+        (1024, 14, 14),
+        (512, 14, 14),
+        (512, 7, 7),
+        (2048, 7, 7),
     )
     assert len(distinct(shapes.kernels)) == 20
     assert network_shapes(152, 4, 480).norm_inputs[-1] == (8192, 15, 15)
@@ -238,7 +265,10 @@ def test_cases_of_the_ops_suite():
 @pytest.mark.parametrize(
     "nbytes, forward, backward",
     [
-        (1 << 30, 2, 2), (16 << 20, 8, 4), (16384, 4096, 4096), (8192, None, 4096),
+        (1 << 30, 2, 2),
+        (16 << 20, 8, 4),
+        (16384, 4096, 4096),
+        (8192, None, 4096),
         (2048, None, None),
     ],
 )
@@ -299,15 +329,28 @@ def command(*arguments, cwd=None):
     root = Path(benchmarks.__file__).parents[1]
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *map(str, arguments)],
-        cwd=root, capture_output=True, text=True, timeout=300,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def test_command_measures_and_writes(tmp_path):
     out = tmp_path / "ops.csv"
     done = command(
-        "ops", "--quick", "--filter", "tiny", "forward", "--threads", 1, "--rounds", 3,
-        "--out", out, "--markdown",
+        "ops",
+        "--quick",
+        "--filter",
+        "tiny",
+        "forward",
+        "--threads",
+        1,
+        "--rounds",
+        3,
+        "--out",
+        out,
+        "--markdown",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "group_norm_relu/tiny/1x32x4x4/channels_last/forward  float32, 1 thread" in done.stdout

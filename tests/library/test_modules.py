@@ -106,7 +106,9 @@ def test_autocast_keeps_half_activations_and_float32_parameters():
         y = model(x)
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
     wide = model(x)
     assert (y.float() - wide).abs().max() < 0.05 * wide.abs().max()
 

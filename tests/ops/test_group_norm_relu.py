@@ -44,7 +44,9 @@ def _unfused(x, w=None, b=None, *, relu, groups, eps):
 
 def make(shape, groups, dtype, layout="contiguous", affine=True, seed=0):
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=random) * 2 + torch.randn(shape[1], generator=random).view(-1, *[1] * (len(shape) - 2))
+    x = torch.randn(shape, generator=random) * 2 + torch.randn(shape[1], generator=random).view(
+        -1, *[1] * (len(shape) - 2)
+    )
     x = LAYOUTS[layout](x.to(dtype))
     inputs = [x]
     if affine:
@@ -119,7 +121,9 @@ def test_half_input_with_float32_parameters(dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mean_far_from_zero(layout):
     """E[x^2] - E[x]^2 in float32 would lose every digit of the variance here."""
-    x = LAYOUTS[layout](torch.randn(2, 8, 40, 40, generator=torch.Generator().manual_seed(0)) + 1000)
+    x = LAYOUTS[layout](
+        torch.randn(2, 8, 40, 40, generator=torch.Generator().manual_seed(0)) + 1000
+    )
     truth = reference.group_norm_relu(x.double(), 4)
     assert (group_norm_relu(x, 4).double() - truth).abs().max() < 2e-4
 

@@ -177,9 +177,7 @@ def test_safetensors_metadata(tmp_path):
     with safe_open(path, framework="pt") as file:
         assert {key: json.loads(text) for key, text in file.metadata().items()} == expected
         assert file.keys() and set(file.keys()) == set(model.state_dict())
-    assert same(
-        dict(sorted(load_file(path).items())), dict(sorted(model.state_dict().items()))
-    )
+    assert same(dict(sorted(load_file(path).items())), dict(sorted(model.state_dict().items())))
     with pytest.raises(ValueError, match="metadata.'config'. is .*kept for the model's own"):
         checkpoint.save(model, path, {"config": {"name": "R50x1"}})
     with pytest.raises(ValueError, match="metadata.'bad'. is not JSON"):

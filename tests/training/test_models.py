@@ -249,8 +249,10 @@ def test_config_rebuilds():
     assert model.config == {"name": "R26x0.25", "num_classes": 10, "stem": "small"}
     again = models.create(**model.config)
     again.load_state_dict(model.state_dict())
-    assert repr(again) == repr(model) == (
-        "ResNetV2('R26x0.25', num_classes=10, stem='small': 880,474 parameters)"
+    assert (
+        repr(again)
+        == repr(model)
+        == ("ResNetV2('R26x0.25', num_classes=10, stem='small': 880,474 parameters)")
     )
 
 

@@ -47,6 +47,8 @@ def choose(op: str, input: Tensor, backend: str | None = None) -> str:
     Raises:
         ValueError: `backend` is no such name, or can't serve this call; the message says why.
     """
+    if not input.is_floating_point():
+        raise ValueError(f"{op} got dtype {input.dtype}; it may be a floating dtype")
     if backend == "reference":
         return "reference"
     why_not = _why_not_cpp(input.device.type, input.dtype)

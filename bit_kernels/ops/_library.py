@@ -4,6 +4,9 @@ import torch
 
 library = torch.library.Library("bit_kernels", "DEF")
 
+# What PyTorch and the kernels raise for arguments that don't fit.
+REFUSALS = (ArithmeticError, LookupError, RuntimeError, ValueError)
+
 
 def call_kernel(op, *args):
     """The op without its autograd layer, which costs more than a small kernel."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from bit_kernels import reference
 from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-from bit_kernels.ops._library import apply_node, call_kernel, library
+from bit_kernels.ops._library import REFUSALS, apply_node, call_kernel, library
 
 library.define(
     "group_norm_relu(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
@@ -65,15 +65,19 @@ def group_norm_relu(
     Raises:
         ValueError: an argument's shape, dtype or device is none of these.
     """
-    _check(input, num_groups, weight, bias)
-    if choose("group_norm_relu", input, backend) == "reference":
-        return reference.group_norm_relu(input, num_groups, weight, bias, eps, relu=relu)
-    if torch.compiler.is_compiling():
-        return _forward_op(input, num_groups, weight, bias, eps, relu)[0]
-    if not torch.is_grad_enabled():
-        return call_kernel(_forward_op, input, num_groups, weight, bias, eps, relu)[0]
-    # A node of our own costs less than the dispatcher's path to the same backward.
-    return apply_node(_GroupNormReLU, input, num_groups, weight, bias, eps, relu)
+    try:
+        if choose("group_norm_relu", input, backend) == "reference":
+            return reference.group_norm_relu(input, num_groups, weight, bias, eps, relu=relu)
+        if torch.compiler.is_compiling():
+            return _forward_op(input, num_groups, weight, bias, eps, relu)[0]
+        if not torch.is_grad_enabled():
+            return call_kernel(_forward_op, input, num_groups, weight, bias, eps, relu)[0]
+        # A node of our own costs less than the dispatcher's path to the same backward.
+        return apply_node(_GroupNormReLU, input, num_groups, weight, bias, eps, relu)
+    except REFUSALS:
+        # Nothing was computed; this says why in the words of this function's arguments.
+        _check(input, num_groups, weight, bias)
+        raise
 
 
 def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bit_kernels import reference
 from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-from bit_kernels.ops._library import apply_node, call_kernel, library
+from bit_kernels.ops._library import REFUSALS, apply_node, call_kernel, library
 
 library.define(
     "standardize_weight(Tensor weight, float eps) -> (Tensor output, Tensor mean, Tensor rstd)"
@@ -50,15 +50,19 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10, *, backend: str | Non
     Raises:
         ValueError: the weight's shape or dtype is none of these.
     """
-    _check(weight)
-    if choose("standardize_weight", weight, backend) == "reference":
-        return reference.standardize_weight(weight, eps)
-    if torch.compiler.is_compiling():
-        return _forward_op(weight, eps)[0]
-    if not torch.is_grad_enabled():
-        return call_kernel(_forward_op, weight, eps)[0]
-    # A node of our own costs less than the dispatcher's path to the same backward.
-    return apply_node(_StandardizeWeight, weight, eps)
+    try:
+        if choose("standardize_weight", weight, backend) == "reference":
+            return reference.standardize_weight(weight, eps)
+        if torch.compiler.is_compiling():
+            return _forward_op(weight, eps)[0]
+        if not torch.is_grad_enabled():
+            return call_kernel(_forward_op, weight, eps)[0]
+        # A node of our own costs less than the dispatcher's path to the same backward.
+        return apply_node(_StandardizeWeight, weight, eps)
+    except REFUSALS:
+        # Nothing was computed; this says why in the words of this function's arguments.
+        _check(weight)
+        raise
 
 
 def _check(weight: Tensor) -> None:

@@ -61,11 +61,12 @@ inline Tensor empty_floats(std::vector<int64_t> size) {
   return torch::stable::empty(size, ScalarType::Float);
 }
 
-// A vector of `count` floats from an optional parameter of any floating dtype.
+// A vector of `count` floats from an optional parameter, which is float32 or of the input's dtype.
 class Parameter {
  public:
-  Parameter(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t count,
-            float otherwise) {
+  Parameter(const char* op, const char* name, const std::optional<Tensor>& tensor,
+            const Tensor& input, float otherwise) {
+    const int64_t count = input.size(1);
     if (!tensor) {
       filled_.assign(count, otherwise);
       return;
@@ -73,6 +74,9 @@ class Parameter {
     STD_TORCH_CHECK(tensor->is_cpu(), op, ": ", name, " is not on the CPU");
     STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count, op, ": ", name,
                     " must have shape (", count, ",)");
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float ||
+                        tensor->scalar_type() == input.scalar_type(),
+                    op, ": ", name, " must be float32 or have the input's dtype");
     tensor_ = tensor->scalar_type() == ScalarType::Float
                   ? *tensor
                   : torch::stable::to(*tensor, ScalarType::Float);

@@ -248,7 +248,7 @@ constexpr int64_t kLineBytes = 64;
 
 // Outputs past this size are streamed to memory: they would push out of the caches what the next
 // layer reads, and a plain store reads each line before it writes it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
+constexpr int64_t kStreamBytes = int64_t{1} << 20;
 
 // Elements from `p` to the next cache line.
 template <class T>

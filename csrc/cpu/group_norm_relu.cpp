@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(const Tensor& given, int64_t 
   const MemoryFormat format = memory_format(given);
   const GroupNormShape shape =
       shape_of(op, given, num_groups, format != MemoryFormat::Contiguous, relu);
-  const Parameter scale(op, "weight", weight, shape.channels, 1);
-  const Parameter shift(op, "bias", bias, shape.channels, 0);
+  const Parameter scale(op, "weight", weight, given, 1);
+  const Parameter shift(op, "bias", bias, given, 0);
 
   const Tensor input = torch::stable::contiguous(given, format);
   Tensor output = torch::stable::empty_like(input);
@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
       shape_of(op, given, mean.size(1), format != MemoryFormat::Contiguous, relu);
   check_statistics(op, "mean", mean, shape.samples * shape.groups);
   check_statistics(op, "rstd", rstd, shape.samples * shape.groups);
-  const Parameter scale(op, "weight", weight, shape.channels, 1);
-  const Parameter shift(op, "bias", bias, shape.channels, 0);
+  const Parameter scale(op, "weight", weight, given, 1);
+  const Parameter shift(op, "bias", bias, given, 0);
 
   const Tensor input = torch::stable::contiguous(given, format);
   const Tensor grad_output = torch::stable::contiguous(grad_given, format);

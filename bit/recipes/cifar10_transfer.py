@@ -9,9 +9,10 @@ def config() -> Study:
 
     Command   python -m bit.train cifar10-transfer --source CIFAR10 --targets TARGET TARGET ...
               (folders or archives of train/CLASS/FILE and test/CLASS/FILE)
-    Hardware  not run yet
-    Time      not run yet
-    Result    not run yet
+    Hardware  2 cores of an AMD EPYC with AVX2
+    Time      44 minutes
+    Result    hand signs 75.6 %, blood cells 94.5 %, Omniglot alphabets 46.2 % mean per class, and
+              70.7, 89.2 and 35.1 from scratch (benchmarks/results/cifar10-transfer.csv)
 
     Against the same network from scratch, with the same images, updates and schedule, and its
     learning rate chosen on validation images likewise; 3 seeds.

@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import importlib
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard():
+    """A shell's background job ignores SIGINT, and what a process ignores a run leaves ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def same_threads_after():
     threads = torch.get_num_threads()
@@ -23,9 +31,15 @@ def same_threads_after():
 
 
 @pytest.fixture(autouse=True)
-def kernels_for_small_tensors(monkeypatch):
-    """Tests are small, and it is the kernels that they test."""
+def kernels_for_small_tensors(request):
+    """Tests of ops and layers are small, and it is the kernels that they test.
+
+    Training runs as it does for users. A patch of its own: a test may undo its `monkeypatch`.
+    """
     # The package offers a function of this module's name.
     backends = importlib.import_module("bit_kernels.backends")
-    for op in backends.small_elements:
-        monkeypatch.setitem(backends.small_elements, op, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if "training" not in request.node.path.parts:
+            for op in backends.small_elements:
+                patch.setitem(backends.small_elements, op, 0)
+        yield

@@ -4,7 +4,7 @@ from bit.config import Config, Images, Network, Run, Schedule
 
 
 def config() -> Config:
-    """Train a small BiT on Fashion-MNIST's 60,000 images to 92 % and more on a CPU.
+    """Train a small BiT on Fashion-MNIST's 60,000 images on a CPU.
 
     Command   python -m bit.train fashion-mnist
     Data      Debian's dataset-fashion-mnist, or --root FOLDER with its four IDX files

@@ -100,7 +100,8 @@ class ResNetV2(nn.Module):
         self.block4 = _block(units[3], 16 * base, 8 * base, stride=2)
         self.norm = _norm(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.initialize()
+        if not self.root.conv.weight.is_meta:  # on "meta", drawing loads PyTorch's compiler: 3 s
+            self.initialize()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, num_classes), or pooled features (N, num_features) without a head.

@@ -5,7 +5,6 @@ can serve a call these functions serve it.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,9 +19,9 @@ def group_norm_relu(
 ) -> Tensor:
     """max(0, (x - mean) / sqrt(var + eps) * weight + bias), over each sample's groups."""
     if bias is not None and weight is None:
-        weight = torch.ones_like(bias)  # F.group_norm fails on a bias alone
-    output = F.group_norm(input, num_groups, weight, bias, eps)
-    return F.relu(output) if relu else output
+        weight = torch.ones_like(bias)  # PyTorch fails on a bias alone
+    output = torch.group_norm(input, num_groups, weight, bias, eps)
+    return output.relu_() if relu else output  # in place: backward needs the ReLU's output only
 
 
 def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
@@ -30,11 +29,11 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
 
     Half types are computed in float32: an eps of 1e-10 is zero in float16.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # A batch norm over one sample whose channels are the kernels: PyTorch's fastest way to say it.
-    rows = torch.batch_norm(
-        wide.flatten(1)[None], None, None, None, None, True, 0.0, eps, torch.backends.cudnn.enabled
-    )
+    rows = weight.flatten(1).unsqueeze(0)
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        rows = rows.float()
+    rows = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)[0]
     return rows.reshape(weight.shape).to(weight.dtype)
 
 

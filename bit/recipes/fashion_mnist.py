@@ -8,17 +8,26 @@ def config() -> Config:
 
     Command   python -m bit.train fashion-mnist
     Data      Debian's dataset-fashion-mnist, or --root FOLDER with its four IDX files
-    Hardware  not run yet
-    Time      not run yet
-    Result    not run yet
+    Hardware  2 cores of an AMD EPYC with AVX2
+    Time      22.6 minutes
+    Result    92.8 % of the test images (benchmarks/results/fashion-mnist.csv)
 
-    The schedule is the HyperRule's for a medium task, squeezed from 10,000 updates of 512 images
-    to the number below: 5 % warm-up, decays at 30, 60 and 90 %, mixup 0.1.
+    The first half trains at the full rate, because three tenths of so few epochs (the HyperRule's
+    first decay for a task of this size) end before the network has seen enough; warm-up (5 %) and
+    mixup (0.1) are the HyperRule's. Training and evaluation see the images as they are: crops from
+    a larger square cost more accuracy at 28 px than their variety brings.
     """
     return Config(
         data="fashion-mnist",
-        images=Images(crop=28, resize=32, val_fraction=0.05),
+        images=Images(crop=28, resize=28, val_fraction=0.05),
         network=Network(model="R26x0.25", stem="small"),
-        schedule=Schedule(batch=128, micro_batch=128, steps=2400, base_lr=0.05, weight_decay=1e-4),
+        schedule=Schedule(
+            batch=128,
+            micro_batch=128,
+            steps=3200,
+            base_lr=0.05,
+            decays=(1900, 2700, 3000),
+            weight_decay=1e-4,
+        ),
         run=Run(out="runs/fashion-mnist"),
     )

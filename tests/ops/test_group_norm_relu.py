@@ -264,7 +264,11 @@ def test_float64_runs_plain_and_says_so_once(monkeypatch):
         ),
     ],
 )
-def test_refuses(change, message):
+@pytest.mark.parametrize("small_elements", [0, 1000])
+def test_refuses(change, message, small_elements, monkeypatch):
+    """On the way to the kernel and on the way around it."""
+    limits = importlib.import_module("bit_kernels.backends").small_elements
+    monkeypatch.setitem(limits, "group_norm_relu", small_elements)
     arguments = dict(input=torch.zeros(2, 8, 3), num_groups=4) | change
     with pytest.raises(ValueError, match=message):
         group_norm_relu(**arguments)

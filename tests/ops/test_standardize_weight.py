@@ -1,6 +1,7 @@
 """standardize_weight: every backend against plain float64 code, forward and backward."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -141,7 +142,11 @@ def test_empty(shape):
         (torch.zeros(3), r"shape \(3,\); it must be \(C_out, C_in, \*kernel\)"),
     ],
 )
-def test_refuses(weight, message):
+@pytest.mark.parametrize("small_elements", [0, 1000])
+def test_refuses(weight, message, small_elements, monkeypatch):
+    """On the way to the kernel and on the way around it."""
+    limits = importlib.import_module("bit_kernels.backends").small_elements
+    monkeypatch.setitem(limits, "standardize_weight", small_elements)
     with pytest.raises(ValueError, match=message):
         standardize_weight(weight)
 

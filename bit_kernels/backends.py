@@ -47,7 +47,8 @@ def choose(op: str, input: Tensor, backend: str | None = None) -> str:
     Raises:
         ValueError: `backend` is no such name, or can't serve this call; the message says why.
     """
-    if backend is None and _is_small(op, input):  # first: the rest costs as much as such a call
+    # First, as the rest costs as much as such a call; without a library, the rest says so.
+    if backend is None and _library.why_not is None and _is_small(op, input):
         return "reference"
     if not input.is_floating_point():
         raise ValueError(f"{op} got dtype {input.dtype}; it may be a floating dtype")

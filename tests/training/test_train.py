@@ -126,11 +126,12 @@ def test_first_update_changes_nothing(dataset, tmp_path):
 def test_micro_batches_change_only_rounding(dataset, tmp_path):
     results = {}
     for size in (8, 3, 1):
-        train.run(tiny(tmp_path / str(size), steps=3, micro_batch=size), dataset)
+        # At 8 px the last groups hold two values, which GroupNorm turns into +-1 on a rounding.
+        train.run(tiny(tmp_path / str(size), steps=3, micro_batch=size, crop=16), dataset)
         results[size] = weights(tmp_path / str(size))
     for size in (3, 1):
         for key, tensor in results[8].items():
-            torch.testing.assert_close(tensor, results[size][key], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(tensor, results[size][key], rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_loss():

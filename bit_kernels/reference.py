@@ -29,12 +29,16 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
 
     Half types are computed in float32: an eps of 1e-10 is zero in float16.
     """
+    if weight.dim() < 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (C_out, C_in, *)")
     # A batch norm over one sample whose channels are the kernels: PyTorch's fastest way to say it.
-    rows = weight.flatten(1).unsqueeze(0)
-    if weight.dtype in (torch.bfloat16, torch.float16):
+    rows = weight.reshape(1, weight.shape[0], weight.shape[1:].numel())
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    if half:
         rows = rows.float()
     rows = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)[0]
-    return rows.reshape(weight.shape).to(weight.dtype)
+    rows = rows.reshape_as(weight)
+    return rows.to(weight.dtype) if half else rows
 
 
 def gradients(function, inputs, grad_output: Tensor) -> list[Tensor | None]:

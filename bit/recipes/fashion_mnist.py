@@ -14,7 +14,8 @@ def config() -> Config:
 
     The first half trains at the full rate, because three tenths of so few epochs (the HyperRule's
     first decay for a task of this size) end before the network has seen enough; warm-up (5 %) and
-    mixup (0.1) are the HyperRule's. Training and evaluation see the images as they are: with crops of 28 px from squares of 30, 200 updates fewer and no mixup the network got 91.2 %.
+    mixup (0.1) are the HyperRule's. Training and evaluation see the images as they are: with crops
+    of 28 px from squares of 30, 200 updates fewer and no mixup the network got 91.2 %.
     """
     return Config(
         data="fashion-mnist",

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks import machine, report
-from benchmarks.runner import COPY, CopyLimit, Result, measure, quantile
+from benchmarks.runner import COPY, CopyLimit, Result, measure
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {

@@ -307,7 +307,7 @@ def _resolve_schedule(schedule: Schedule, num_examples: int) -> Schedule:
     )
 
 
-def _resolve_resolution(images: Images, schedule: Schedule, native_size: int, model: str) -> Input:
+def _resolve_resolution(images: Images, schedule: Schedule, native_size: int, model: str) -> Images:
     if images.crop is not None:
         resize, crop = hyperrule.scaled_resolution(images.crop)
     elif schedule.rule == "hyperrule":

@@ -32,8 +32,8 @@ def _why_not_cpp(device_type: str, dtype: torch.dtype) -> str | None:
 def _is_small(op: str, input: Tensor) -> bool:
     if torch.compiler.is_compiling():  # a compiled graph calls the kernel directly
         return False
-    elements, limit = input.numel(), small_elements[op]
-    return 0 < elements <= limit and (elements <= limit // 2 or input.is_contiguous())
+    limit = small_elements[op]
+    return 0 < input.numel() <= (limit if input.is_contiguous() else limit // 2)
 
 
 def choose(op: str, input: Tensor, backend: str | None = None) -> str:
@@ -47,9 +47,6 @@ def choose(op: str, input: Tensor, backend: str | None = None) -> str:
     Raises:
         ValueError: `backend` is no such name, or can't serve this call; the message says why.
     """
-    # First, as the rest costs as much as such a call; without a library, the rest says so.
-    if backend is None and _library.why_not is None and _is_small(op, input):
-        return "reference"
     if not input.is_floating_point():
         raise ValueError(f"{op} got dtype {input.dtype}; it may be a floating dtype")
     if backend == "reference":
@@ -57,7 +54,7 @@ def choose(op: str, input: Tensor, backend: str | None = None) -> str:
     why_not = _why_not_cpp(input.device.type, input.dtype)
     if backend is None:
         if why_not is None:
-            return "cpp"
+            return "reference" if _is_small(op, input) else "cpp"
         if not torch.compiler.is_compiling() and (op, why_not) not in _told:
             _told.add((op, why_not))
             warnings.warn(

@@ -20,8 +20,8 @@ def config() -> Study:
     return Study(
         shots=(10,),
         seeds=3,
-        transfer_lrs=(0.003, 0.01, 0.03),
-        scratch_lrs=(0.01, 0.03, 0.1),
+        transfer_lrs=(0.01, 0.03, 0.1),
+        scratch_lrs=(0.03, 0.1, 0.3),
         pretrain=Job(
             images=Images(crop=64, resize=72, val_fraction=0.02),
             network=Network(model="R26x0.5"),

@@ -5,7 +5,14 @@ import importlib
 
 import pytest
 import torch
-from checking import DTYPES, LAYOUTS, assert_as_good, to_float64, with_gradients
+from checking import (
+    DTYPES,
+    LAYOUTS,
+    assert_as_good,
+    leave_small_tensors_to_pytorch,
+    to_float64,
+    with_gradients,
+)
 
 from bit_kernels import reference
 from bit_kernels.functional import group_norm_relu
@@ -267,8 +274,7 @@ def test_float64_runs_plain_and_says_so_once(monkeypatch):
 @pytest.mark.parametrize("small_elements", [0, 1000])
 def test_refuses(change, message, small_elements, monkeypatch):
     """On the way to the kernel and on the way around it."""
-    limits = importlib.import_module("bit_kernels.backends").small_elements
-    monkeypatch.setitem(limits, "group_norm_relu", small_elements)
+    leave_small_tensors_to_pytorch(monkeypatch, small_elements)
     arguments = dict(input=torch.zeros(2, 8, 3), num_groups=4) | change
     with pytest.raises(ValueError, match=message):
         group_norm_relu(**arguments)

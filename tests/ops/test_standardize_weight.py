@@ -1,11 +1,17 @@
 """standardize_weight: every backend against plain float64 code, forward and backward."""
 
 import functools
-import importlib
 
 import pytest
 import torch
-from checking import DTYPES, LAYOUTS, assert_as_good, to_float64, with_gradients
+from checking import (
+    DTYPES,
+    LAYOUTS,
+    assert_as_good,
+    leave_small_tensors_to_pytorch,
+    to_float64,
+    with_gradients,
+)
 
 from bit_kernels import reference
 from bit_kernels.functional import standardize_weight
@@ -145,8 +151,7 @@ def test_empty(shape):
 @pytest.mark.parametrize("small_elements", [0, 1000])
 def test_refuses(weight, message, small_elements, monkeypatch):
     """On the way to the kernel and on the way around it."""
-    limits = importlib.import_module("bit_kernels.backends").small_elements
-    monkeypatch.setitem(limits, "standardize_weight", small_elements)
+    leave_small_tensors_to_pytorch(monkeypatch, small_elements)
     with pytest.raises(ValueError, match=message):
         standardize_weight(weight)
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bit_kernels import GroupNorm, StdConv2d
+from bit_kernels import GroupNorm, StdConv2d, norm_relu_conv
 
 UNITS = {  # depth: units in block1 to block4
     14: (1, 1, 1, 1),
@@ -206,15 +206,17 @@ class Unit(nn.Module):
         self.conv2 = StdConv2d(mid, mid, 3, stride=stride, padding=1, bias=False)
         self.norm3 = _norm(mid)
         self.conv3 = StdConv2d(mid, 4 * mid, 1, bias=False)
+        # Whatever reads the sum normalises it so.
+        self.next_norm = (_groups(4 * mid), self.norm1.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = self.norm1(x)
-        # The projection takes the activated map, the identity the raw one.
-        shortcut = x if self.proj is None else self.proj(activated)
-        y = self.conv1(activated)
-        y = self.conv2(self.norm2(y))
-        y = self.conv3(self.norm3(y))
-        return y + shortcut
+        # The projection takes the activated map, the identity (proj is None) the raw one.
+        y, shortcut = norm_relu_conv(x, self.norm1, self.conv1, self.proj)
+        (y,) = norm_relu_conv(y, self.norm2, self.conv2)
+        (y,) = norm_relu_conv(
+            y, self.norm3, self.conv3, residual=shortcut, next_norm=self.next_norm
+        )
+        return y
 
 
 def _block(units: int, channels: int, mid: int, stride: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to this many elements PyTorch's own operations are done before an autograd node in Python has
 # reached its kernel (2 cores of an AMD EPYC; benchmarks/results); half as many in channels_last.
-small_elements = {"group_norm_relu": 65536, "standardize_weight": 16384}
+small_elements = {"group_norm_relu": 65536, "norm_relu_conv": 0, "standardize_weight": 16384}
 
 _told: set[tuple[str, str]] = set()
 

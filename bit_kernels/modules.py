@@ -1,8 +1,10 @@
 """Drop-ins for nn.Conv2d and nn.GroupNorm; parameters and state_dicts are torch's own."""
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from bit_kernels import functional
+from bit_kernels.ops.norm_relu_conv import Conv, Norm
 
 
 class StdConv2d(nn.Conv2d):
@@ -54,3 +56,69 @@ class GroupNorm(nn.GroupNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+def norm_relu_conv(
+    input: Tensor,
+    norm: nn.GroupNorm,
+    *convs: nn.Conv2d | None,
+    residual: Tensor | None = None,
+    next_norm: tuple[int, float] | None = None,
+) -> list[Tensor]:
+    """[conv(norm(input)) for conv in convs], keeping for backward the input alone.
+
+    >>> norm, conv = GroupNorm(32, 64, activation="relu"), StdConv2d(64, 128, 3, padding=1)
+    >>> (y,) = norm_relu_conv(torch.randn(2, 64, 14, 14), norm, conv)
+
+    norm: `GroupNorm` or nn.GroupNorm. convs: `StdConv2d` or nn.Conv2d; None gives the input itself,
+        as the shortcut of a residual unit, and saves a pass over memory in backward.
+    residual: added to the first convolution's result.
+    next_norm: groups and eps of the GroupNorm that reads that sum, to take its statistics with it.
+
+    The modules themselves are called instead, one after the other, where one has hooks, is of
+    another class (wrapped, parametrized, quantized) or pads with something but zeros.
+
+    Raises ValueError as functional.norm_relu_conv does.
+    """
+    if not _fusible(norm, *convs):
+        normal = norm(input)
+        outputs = [input if conv is None else conv(normal) for conv in convs]
+        if residual is not None:
+            outputs[0] = outputs[0] + residual
+        return outputs
+    relu = isinstance(norm, GroupNorm) and norm.activation == "relu"
+    return functional.norm_relu_conv(
+        input,
+        Norm(norm.num_groups, norm.weight, norm.bias, norm.eps, relu),
+        [None if conv is None else _tensors_of(conv) for conv in convs],
+        residual=residual,
+        next_norm=next_norm,
+    )
+
+
+def _tensors_of(conv: nn.Conv2d) -> Conv:
+    eps = conv.eps if isinstance(conv, StdConv2d) else None
+    return Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, eps)
+
+
+def _fusible(norm: nn.GroupNorm, *convs: nn.Conv2d | None) -> bool:
+    """Whether calling the modules would do nothing but what their tensors say."""
+    if type(norm) not in (GroupNorm, nn.GroupNorm) or _hooked(norm) or _has_any_global_hook():
+        return False
+    return all(
+        conv is None
+        or type(conv) in (StdConv2d, nn.Conv2d)
+        and not _hooked(conv)
+        and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, tuple)
+        for conv in convs
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -13,6 +13,8 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     BIT_KERNELS_STRING(BIT_KERNELS_ISA),
     group_norm_relu,
+    group_norm_relu_apply,
+    add_group_statistics,
     group_norm_relu_backward,
     standardize_weight,
     standardize_weight_backward,

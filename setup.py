@@ -45,6 +45,7 @@ PLAIN_SOURCES = [
     "bindings.cpp",
     "cpu/isa.cpp",
     "cpu/group_norm_relu.cpp",
+    "cpu/norm_relu_conv.cpp",
     "cpu/standardize_weight.cpp",
 ]
 

@@ -42,7 +42,6 @@ library.define(
 _forward_op = torch.ops.bit_kernels.group_norm_relu.default
 _backward_op = torch.ops.bit_kernels.group_norm_relu_backward.default
 _apply_op = torch.ops.bit_kernels.group_norm_relu_apply.default
-_add_op = torch.ops.bit_kernels.add_group_statistics.default
 
 
 def group_norm_relu(
@@ -137,10 +136,10 @@ def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
 @torch.library.register_fake("bit_kernels::group_norm_relu", lib=library)
 def _fake(input, num_groups, weight, bias, eps, relu):
     _check(input, num_groups, weight, bias)
-    return empty_output(input), *_empty_statistics(input, num_groups)
+    return empty_output(input), *empty_statistics(input, num_groups)
 
 
-def _empty_statistics(input, num_groups):
+def empty_statistics(input, num_groups):
     wide = torch.promote_types(input.dtype, torch.float32)
     mean = input.new_empty((input.shape[0], num_groups), dtype=wide)
     return mean, torch.empty_like(mean)
@@ -159,7 +158,7 @@ def _apply_fake(input, mean, rstd, weight, bias, relu):
 
 @torch.library.register_fake("bit_kernels::add_group_statistics", lib=library)
 def _add_fake(input, other, num_groups, eps):
-    return _empty_statistics(input, num_groups)
+    return empty_statistics(input, num_groups)
 
 
 def _save(ctx, inputs, mean, rstd):

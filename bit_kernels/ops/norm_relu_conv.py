@@ -13,7 +13,8 @@ that it makes anyway.
 Memory passes beside the convolutions: forward 2 (read x, write a; x a second time if its statistics
 aren't known), the sum 3; backward 2 for a and 3, or 4 with a shortcut (read x, da and dy, write dx).
 
-Implementations: the kernels of group_norm_relu and standardize_weight, and PyTorch's convolution.
+Implementations: csrc/cpu/norm_relu_conv.cpp, bit_kernels/reference.py; the convolution is
+PyTorch's.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,34 @@ from bit_kernels.backends import choose
 from bit_kernels.ops import group_norm_relu as normalisation
 from bit_kernels.ops import standardize_weight as standardization
 from bit_kernels.ops._layout import empty_output, memory_format
-from bit_kernels.ops._library import apply_node, autocast_dtype, library
+from bit_kernels.ops._library import (
+    REFUSALS,
+    apply_node,
+    autocast_dtype,
+    call_kernel,
+    library,
+)
 from bit_kernels.ops._statistics import recall, remember
+
+# conv_tensors: of each convolution the weight, and the bias and the standardized weight if it has
+# them. geometry: stride, padding, dilation (2 numbers each), groups, has a bias, has a standardized
+# weight. weight_eps: negative where the weight isn't standardized. Statistics that weren't asked
+# for, or were given, come back empty.
+library.define(
+    "norm_relu_conv(Tensor input, Tensor? mean, Tensor? rstd, Tensor? residual, Tensor? weight, "
+    "Tensor? bias, Tensor[] conv_tensors, int num_groups, float eps, bool relu, int[] geometry, "
+    "float[] weight_eps, int next_groups, float next_eps) "
+    "-> (Tensor[] outputs, Tensor mean, Tensor rstd, Tensor next_mean, Tensor next_rstd)"
+)
+# needs: whether a gradient is wanted of input, weight, bias and each of conv_tensors; those come.
+library.define(
+    "norm_relu_conv_backward(Tensor[] grad_outputs, Tensor? grad_skip, Tensor input, Tensor mean, "
+    "Tensor rstd, int[] needs, Tensor? weight, Tensor? bias, Tensor[] conv_tensors, bool relu, "
+    "int[] geometry, float[] weight_eps) -> Tensor[]"
+)
+_forward_op = torch.ops.bit_kernels.norm_relu_conv.default
+_backward_op = torch.ops.bit_kernels.norm_relu_conv_backward.default
+_NUMBERS = 9  # of the geometry of one convolution
 
 
 class Norm(NamedTuple):
@@ -95,37 +122,63 @@ def norm_relu_conv(
     Raises:
         ValueError: an argument's shape, dtype or device is none of these.
     """
-    _check(input, norm, convs, residual, next_norm)
     dtype = autocast_dtype(input)
     if dtype is not None:
         input = input.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    served_by = choose("norm_relu_conv", input, backend)
-    transformed = torch._C._are_functorch_transforms_active()
-    if backend == "reference" or (transformed and not torch.compiler.is_compiling()):
-        return reference.norm_relu_conv(input, norm, convs, residual)
-    spec = _Spec(
-        norm.num_groups,
-        norm.eps,
-        norm.relu,
-        tuple(None if c is None else (*c[2:6], c.eps) for c in convs),
-        next_norm,
-        served_by == "cpp",
-    )
-    tensors = [norm.weight, norm.bias, residual]
-    for conv in convs:
-        tensors += (None, None, None) if conv is None else (conv.weight, conv.bias, conv[7])
-    if torch.compiler.is_compiling():
-        return _compiled(input, spec, tensors, convs)
-    statistics = recall(input, norm.num_groups, norm.eps)
-    if torch.is_grad_enabled():
-        outputs = apply_node(_NormReLUConv, input, spec, statistics, *tensors)
-        sums = spec.sums  # left there by the forward
+    try:
+        served_by = choose("norm_relu_conv", input, backend)
+        compiling = torch.compiler.is_compiling()
+        if served_by == "reference" and (
+            backend == "reference" or compiling or torch._C._are_functorch_transforms_active()
+        ):
+            return reference.norm_relu_conv(input, norm, convs, residual)
+        return _run(input, norm, convs, residual, next_norm, compiling, served_by == "cpp")
+    except REFUSALS:
+        # Nothing was computed; this says why in the words of this function's arguments.
+        _check(input, norm, convs, residual, next_norm)
+        raise
+
+
+def _run(input, norm, convs, residual, next_norm, compiling, native):
+    num_groups, weight, bias, eps, relu = norm
+    tensors, geometry, weight_eps, shortcut = [], [], [], None
+    for at, conv in enumerate(convs):
+        if conv is None:
+            shortcut = at
+            continue
+        kernel, shift, stride, padding, dilation, groups, kernel_eps, standardized = conv
+        tensors.append(kernel)
+        if shift is not None:
+            tensors.append(shift)
+        if standardized is not None:
+            tensors.append(standardized)
+        geometry += (
+            *stride, *padding, *dilation, groups, shift is not None, standardized is not None
+        )  # fmt: skip
+        weight_eps.append(-1.0 if kernel_eps is None else kernel_eps)
+    rest = (num_groups, eps, relu, geometry, weight_eps, *(next_norm or (0, 0.0)))
+    statistics = (None, None)
+    if not compiling:
+        statistics = recall(input, num_groups, eps) or statistics
+    if compiling:
+        outputs, *_ = _forward_op(input, None, None, residual, weight, bias, tensors, *rest)
+    elif torch.is_grad_enabled():
+        next_statistics = []
+        outputs = apply_node(
+            _NormReLUConv, input, residual, weight, bias, statistics, rest, native, shortcut,
+            next_statistics, *tensors,
+        )  # fmt: skip
+        outputs = list(outputs)
     else:
-        outputs, _, _, sums = _forward(input, spec, statistics, tensors)
-    if next_norm is not None:
-        remember(outputs[0], *next_norm, *sums)
-    return list(outputs)
+        outputs, _, _, *next_statistics = _forward(
+            native, input, *statistics, residual, weight, bias, tensors, *rest
+        )
+    if shortcut is not None and (compiling or not torch.is_grad_enabled()):
+        outputs = [*outputs[:shortcut], input, *outputs[shortcut:]]
+    if next_norm is not None and not compiling:
+        remember(outputs[0], *next_norm, *next_statistics)
+    return outputs
 
 
 def _check(input, norm, convs, residual, next_norm):
@@ -192,310 +245,264 @@ def _output_shape(input: Tensor, conv: Conv) -> tuple[int, ...]:
     return (input.shape[0], conv.weight.shape[0], *sides)
 
 
-class _Spec:
-    """What isn't a tensor. convs: (stride, padding, dilation, groups, eps) or None of each."""
-
-    __slots__ = ("convs", "eps", "native", "next_norm", "num_groups", "relu", "sums")
-
-    def __init__(self, num_groups, eps, relu, convs, next_norm, native):
-        self.num_groups, self.eps, self.relu, self.convs = num_groups, eps, relu, convs
-        self.next_norm, self.native, self.sums = next_norm, native, None
-
-
-class _Kernels:
-    normalize = normalisation._forward_op
-    apply = normalisation._apply_op
-    add = normalisation._add_op
-    normalize_backward = normalisation._backward_op
-    standardize = standardization._forward_op
-    standardize_backward = standardization._backward_op
-
-
-class _Plain:
-    normalize = staticmethod(normalisation.plain)
-    apply = staticmethod(normalisation.plain_apply)
-    add = staticmethod(normalisation.plain_add)
-    normalize_backward = staticmethod(normalisation.plain_backward)
-    standardize = staticmethod(standardization.plain)
-    standardize_backward = staticmethod(standardization.plain_backward)
-
-
-def _forward(input, spec, statistics, tensors):
-    """(outputs, mean, rstd, statistics of the sum or None)."""
-    with torch._C._AutoDispatchBelowAutograd():
-        ops = _Kernels if spec.native else _Plain
-        gamma, beta, residual = tensors[:3]
-        if statistics is None:
-            normal, mean, rstd = ops.normalize(
-                input, spec.num_groups, gamma, beta, spec.eps, spec.relu
-            )
-        else:
-            mean, rstd = statistics
-            normal = ops.apply(input, mean, rstd, gamma, beta, spec.relu)
-        outputs = []
-        for at, conv in enumerate(spec.convs):
-            if conv is None:
-                outputs.append(input)
-                continue
-            weight, bias, kept = tensors[3 + 3 * at : 6 + 3 * at]
-            stride, padding, dilation, groups, eps = conv
-            used = _used_weight(ops, weight, kept, eps, normal.dtype)[0]
-            if bias is not None:
-                bias = bias.to(normal.dtype)
-            outputs.append(
-                torch.convolution(
-                    normal, used, bias, stride, padding, dilation, False, (0, 0), groups
-                )
-            )
-        if residual is None:
-            return outputs, mean, rstd, None
-        if spec.next_norm is None:
-            outputs[0].add_(residual)
-            return outputs, mean, rstd, None
-        return outputs, mean, rstd, ops.add(outputs[0], residual, *spec.next_norm)
-
-
-def _used_weight(ops, weight, kept, eps, dtype):
-    """The weight that is convolved with, and the statistics that made it if that was done here."""
-    if kept is not None:
-        return kept.to(dtype), None, None
-    if eps is None:
-        return weight.to(dtype), None, None
-    return ops.standardize(weight, eps, None if weight.dtype == dtype else dtype)
-
-
-def _backward(spec, grads, needs, input, mean, rstd, tensors):
-    """The gradients of (input, gamma, beta, residual, weight, bias, None, weight, ...).
-
-    grads: those of the outputs, or None. needs: which of the above are wanted.
-    """
-    ops = _Kernels if spec.native else _Plain
-    gamma, beta, _ = tensors[:3]
-    found = [None] * len(needs)
-    needs_normal = any(needs[:3])
-    used_at = [at for at, conv in enumerate(spec.convs) if conv and grads[at] is not None]
-    # For the input's gradient alone a convolution needs its input's shape, not its values.
-    normal = input
-    if any(needs[4 + 3 * at] for at in used_at):
-        normal = ops.apply(input, mean, rstd, gamma, beta, spec.relu)
-    grad_normal = None
-    for at in used_at:
-        slot = 4 + 3 * at
-        if not (needs_normal or needs[slot] or needs[slot + 1]):
-            continue
-        weight, _, kept = tensors[slot - 1 : slot + 2]
-        stride, padding, dilation, groups, eps = spec.convs[at]
-        used, *statistics = _used_weight(ops, weight, kept, eps, input.dtype)
-        grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grads[at], normal, used, [weight.shape[0]], stride, padding, dilation, False, (0, 0),
-            groups, (needs_normal, needs[slot], needs[slot + 1]),
-        )  # fmt: skip
-        if needs_normal:
-            grad_normal = grad if grad_normal is None else grad_normal.add_(grad)
-        if needs[slot] and statistics[0] is not None:
-            grad_weight = ops.standardize_backward(grad_weight, weight, *statistics)
-        if needs[slot]:
-            found[slot] = grad_weight.to(weight.dtype)
-        if needs[slot + 1]:
-            found[slot + 1] = grad_bias
-    del normal
-    skip = grads[spec.convs.index(None)] if None in spec.convs else None
-    if grad_normal is not None:
-        found[:3] = ops.normalize_backward(
-            grad_normal, input, mean, rstd, gamma, beta, spec.relu, skip
-        )
-    elif needs[0]:
-        found[0] = skip
-    for at, parameter in ((1, gamma), (2, beta)):
-        found[at] = found[at].to(parameter.dtype) if needs[at] and found[at] is not None else None
-    found[3] = grads[0] if needs[3] else None
-    return found
+def _forward(native, *arguments):
+    return call_kernel(_forward_op, *arguments) if native else _plain(*arguments)
 
 
 class _NormReLUConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, spec, statistics, *tensors):
-        outputs, mean, rstd, spec.sums = _forward(input, spec, statistics, tensors)
-        gamma, beta, _, *of_convs = tensors
-        ctx.spec = spec
-        ctx.save_for_backward(input, mean, rstd, gamma, beta, *of_convs)
+    def forward(
+        ctx, input, residual, weight, bias, statistics, rest, native, shortcut, next_statistics,
+        *tensors,
+    ):  # fmt: skip
+        outputs, *found = _forward(
+            native, input, *statistics, residual, weight, bias, tensors, *rest
+        )
+        mean, rstd = found[:2] if statistics[0] is None else statistics
+        next_statistics += found[2:]
+        ctx.save_for_backward(input, mean, rstd, weight, bias, *tensors)
+        ctx.rest, ctx.native, ctx.shortcut = rest, native, shortcut
         ctx.set_materialize_grads(False)
+        if shortcut is not None:
+            outputs.insert(shortcut, input)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        input, mean, rstd, gamma, beta, *of_convs = ctx.saved_tensors
-        tensors = (gamma, beta, None, *of_convs)
+        input, mean, rstd, weight, bias, *tensors = ctx.saved_tensors
+        grads = list(grads)
+        grad_skip = None if ctx.shortcut is None else grads.pop(ctx.shortcut)
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4], *ctx.needs_input_grad[9:])
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
-            found = _differentiable_gradients(ctx.spec, grads, input, tensors)
+            found = _differentiable_gradients(
+                grads, grad_skip, input, weight, bias, tensors, *ctx.rest[:5]
+            )
         else:
-            needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-            found = _backward(ctx.spec, grads, needs, input, mean, rstd, tensors)
-        return found[0], None, None, *found[1:]
+            found = _gradients(
+                ctx.native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors,
+                *ctx.rest[2:5],
+            )  # fmt: skip
+        of_residual = grads[0] if ctx.needs_input_grad[1] else None
+        return found[0], of_residual, found[1], found[2], *(None,) * 5, *found[3:]
 
 
-def _differentiable_gradients(spec, grads, input, tensors):
-    gamma, beta, _, *of_convs = tensors
-    if any(kept is not None for kept in of_convs[2::3]):
+def _gradients(
+    native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
+    weight_eps,
+):  # fmt: skip
+    """The gradients of input, weight, bias and each of `tensors`, None where not needed."""
+    if any(grad is None for grad in grads):
+        return _gradients_of_some(
+            native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu,
+            geometry, weight_eps,
+        )  # fmt: skip
+    # Of a kept standardized weight nothing is wanted: its gradient is the weight's.
+    arguments = (
+        grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
+        weight_eps,
+    )  # fmt: skip
+    found = iter(_backward_op(*arguments) if native else _plain_backward(*arguments))
+    return [next(found) if need else None for need in needs]
+
+
+def _gradients_of_some(
+    native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
+    weight_eps,
+):  # fmt: skip
+    """`_gradients` where no gradient came back to some convolutions."""
+    kept, some, numbers, some_eps, at = [], [], [], [], 0
+    for conv, grad in enumerate(grads):
+        of_conv = geometry[_NUMBERS * conv : _NUMBERS * (conv + 1)]
+        count = 1 + of_conv[7] + of_conv[8]
+        if grad is not None:
+            kept += range(at, at + count)
+            some.append(grad)
+            numbers += of_conv
+            some_eps.append(weight_eps[conv])
+        at += count
+    found = [None] * len(needs)
+    if not some:
+        found[0] = grad_skip if needs[0] else None
+        return found
+    results = _gradients(
+        native, some, grad_skip, input, mean, rstd, (*needs[:3], *(needs[3 + i] for i in kept)),
+        weight, bias, [tensors[i] for i in kept], relu, numbers, some_eps,
+    )  # fmt: skip
+    for i, grad in zip((0, 1, 2, *(3 + i for i in kept)), results, strict=True):
+        found[i] = grad
+    return found
+
+
+def _differentiable_gradients(
+    grads, grad_skip, input, weight, bias, tensors, num_groups, eps, relu, geometry, weight_eps
+):
+    if any(geometry[8::_NUMBERS]):
         raise RuntimeError(
             "norm_relu_conv: there is no double backward while an optimizer keeps the standardized "
             "weights; call the optimizer's release() first"
         )
     given = [at for at, grad in enumerate(grads) if grad is not None]
 
-    def outputs(input, gamma, beta, *of_convs):
-        norm = Norm(spec.num_groups, gamma, beta, spec.eps, spec.relu)
-        convs = _convs(spec.convs, of_convs)
-        results = reference.norm_relu_conv(input, norm, convs)
-        return [results[at] for at in given]
+    def outputs(input, weight, bias, *tensors):
+        convs = _convs(tensors, geometry, weight_eps)
+        results = reference.norm_relu_conv(input, Norm(num_groups, weight, bias, eps, relu), convs)
+        return [results[at] for at in given] + ([] if grad_skip is None else [input * 1])
 
-    found = reference.gradients(
-        outputs, (input, gamma, beta, *of_convs), [grads[at] for at in given]
-    )
-    return [*found[:3], grads[0], *found[3:]]
+    came = [grads[at] for at in given] + ([] if grad_skip is None else [grad_skip])
+    return reference.gradients(outputs, (input, weight, bias, *tensors), came)
 
 
-def _convs(specs, of_convs):
-    """The Convs (or None) whose tensors `of_convs` are: weight, bias, standardized of each."""
-    return [
-        None if conv is None else Conv(weight, bias, *conv, kept)
-        for conv, weight, bias, kept in zip(
-            specs, of_convs[0::3], of_convs[1::3], of_convs[2::3], strict=True
-        )
-    ]
-
-
-# ---- what a compiler sees: one op, which takes its statistics itself
-
-# conv_tensors: of each convolution the weight, and the bias and the standardized weight if it has
-# them. geometry: stride, padding, dilation (2 numbers each), groups, has a bias, has a standardized
-# weight. weight_eps: negative where the weight isn't standardized.
-_ARGUMENTS = (
-    "Tensor? weight, Tensor? bias, Tensor[] conv_tensors, int num_groups, float eps, "
-    "bool relu, int[] geometry, float[] weight_eps"
-)
-_NUMBERS = 9
-library.define(
-    f"norm_relu_conv(Tensor input, Tensor? residual, {_ARGUMENTS}) "
-    "-> (Tensor[] outputs, Tensor mean, Tensor rstd)"
-)
-library.define(
-    "norm_relu_conv_backward(Tensor?[] grad_outputs, Tensor input, Tensor mean, Tensor rstd, "
-    f"bool[] needs, {_ARGUMENTS}) -> Tensor[]"
-)
-
-
-def _compiled(input, spec, tensors, convs):
-    gamma, beta, residual, *_ = tensors
-    present = [conv for conv in convs if conv is not None]
-    geometry = []
-    for conv in present:
-        geometry += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
-        geometry += [int(conv.bias is not None), int(conv.standardized is not None)]
-    outputs = torch.ops.bit_kernels.norm_relu_conv(
-        input,
-        residual,
-        gamma,
-        beta,
-        [t for c in present for t in (c.weight, c.bias, c.standardized) if t is not None],
-        spec.num_groups,
-        spec.eps,
-        spec.relu,
-        geometry,
-        [-1.0 if conv.eps is None else conv.eps for conv in present],
-    )[0]
-    outputs = iter(outputs)
-    return [input if conv is None else next(outputs) for conv in convs]
-
-
-def _parse(input, conv_tensors, num_groups, eps, relu, geometry, weight_eps):
-    """The _Spec, and weight, bias, standardized (or None) of each convolution."""
-    convs, of_convs, present = [], [], iter(conv_tensors)
-    for at, of_weight in enumerate(weight_eps):
+def _convs(tensors, geometry, weight_eps) -> list[Conv]:
+    convs, present = [], iter(tensors)
+    for at, eps in enumerate(weight_eps):
         *sides, groups, has_bias, has_standardized = geometry[_NUMBERS * at : _NUMBERS * (at + 1)]
-        stride, padding, dilation = (tuple(sides[i : i + 2]) for i in (0, 2, 4))
-        convs.append((stride, padding, dilation, groups, None if of_weight < 0 else of_weight))
-        of_convs.append(next(present))
-        of_convs += [next(present) if has else None for has in (has_bias, has_standardized)]
-    native = choose("norm_relu_conv", input) == "cpp"
-    return _Spec(num_groups, eps, relu, tuple(convs), None, native), of_convs
+        convs.append(
+            Conv(
+                next(present),
+                next(present) if has_bias else None,
+                *(tuple(sides[i : i + 2]) for i in (0, 2, 4)),
+                groups,
+                None if eps < 0 else eps,
+                next(present) if has_standardized else None,
+            )
+        )
+    return convs
 
 
-def _op(input, residual, weight, bias, conv_tensors, *rest):
-    spec, of_convs = _parse(input, conv_tensors, *rest)
-    outputs, mean, rstd, _ = _forward(input, spec, None, (weight, bias, residual, *of_convs))
-    layout = memory_format(input)
-    return [output.contiguous(memory_format=layout) for output in outputs], mean, rstd
-
-
-def _op_backward(grad_outputs, input, mean, rstd, needs, weight, bias, conv_tensors, *rest):
-    spec, of_convs = _parse(input, conv_tensors, *rest)
-    # One entry a tensor, here and in the answer; the residual's gradient is one that came in, which
-    # an op can't hand on.
-    wanted = iter(needs[3:])
-    of_convs_wanted = [next(wanted) if tensor is not None else False for tensor in of_convs]
-    found = _backward(
-        spec,
-        grad_outputs,
-        [*needs[:3], False, *of_convs_wanted],
-        input,
-        mean,
-        rstd,
-        (weight, bias, None, *of_convs),
-    )
-    results = []
-    for like, grad, want in zip(
-        (input, weight, bias, *of_convs), (*found[:3], *found[4:]), (*needs[:3], *of_convs_wanted)
-    ):
-        if want:
-            grad = torch.zeros_like(like) if grad is None else grad.to(like.dtype)
-            results.append(grad.contiguous(memory_format=memory_format(like)))
-    return results
+# ---- the op for a compiler
 
 
 @torch.library.register_fake("bit_kernels::norm_relu_conv", lib=library)
-def _fake(input, residual, weight, bias, conv_tensors, *rest):
-    spec, of_convs = _parse(input, conv_tensors, *rest)
-    convs = _convs(spec.convs, of_convs)
-    _check(input, Norm(spec.num_groups, weight, bias), convs, residual, None)
+def _fake(
+    input, mean, rstd, residual, weight, bias, conv_tensors, num_groups, eps, relu, geometry,
+    weight_eps, next_groups, next_eps,
+):  # fmt: skip
+    convs = _convs(conv_tensors, geometry, weight_eps)
+    next_norm = (next_groups, next_eps) if next_groups else None
+    _check(input, Norm(num_groups, weight, bias), convs, residual, next_norm)
     layout = memory_format(input)
     outputs = [
         input.new_empty(_output_shape(input, conv)).contiguous(memory_format=layout)
         for conv in convs
     ]
-    return outputs, *normalisation._empty_statistics(input, spec.num_groups)
+    none = normalisation.empty_statistics(input, 0)
+    return (
+        outputs,
+        *(none if mean is not None else normalisation.empty_statistics(input, num_groups)),
+        *(normalisation.empty_statistics(input, next_groups)),
+    )
 
 
 @torch.library.register_fake("bit_kernels::norm_relu_conv_backward", lib=library)
-def _backward_fake(grad_outputs, input, mean, rstd, needs, weight, bias, conv_tensors, *rest):
+def _backward_fake(
+    grad_outputs, grad_skip, input, mean, rstd, needs, weight, bias, conv_tensors, relu, geometry,
+    weight_eps,
+):  # fmt: skip
     tensors = (input, weight, bias, *conv_tensors)
     return [empty_output(like) for like, want in zip(tensors, needs, strict=True) if want]
 
 
 def _setup_context(ctx, inputs, output):
-    input, _residual, weight, bias, conv_tensors, *ctx.rest = inputs
-    _, mean, rstd = output
+    input, mean, rstd, _residual, weight, bias, conv_tensors, *rest = inputs
+    if mean is None:
+        mean, rstd = output[1:3]
     ctx.save_for_backward(input, mean, rstd, weight, bias, *conv_tensors)
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.rest = rest
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _op_autograd(ctx, grad_outputs, *_grad_statistics):
-    input, mean, rstd, weight, bias, *conv_tensors = ctx.saved_tensors
-    of_input, of_residual, of_weight, of_bias, of_convs, *_ = ctx.needs_input_grad
-    needs = [of_input, of_weight, of_bias, *of_convs]
-    results = iter(
-        torch.ops.bit_kernels.norm_relu_conv_backward(
-            grad_outputs, input, mean, rstd, needs, weight, bias, conv_tensors, *ctx.rest
+def _backward(ctx, grad_outputs, *_grad_statistics):
+    input, mean, rstd, weight, bias, *tensors = ctx.saved_tensors
+    of_input, _, _, of_residual, of_weight, of_bias, of_tensors, *_ = ctx.needs_input_grad
+    needs = (of_input, of_weight, of_bias, *of_tensors)
+    if torch.is_grad_enabled():
+        found = _differentiable_gradients(
+            grad_outputs, None, input, weight, bias, tensors, *ctx.rest[:5]
         )
-    )
-    of_input, of_weight, of_bias, *of_convs = (next(results) if need else None for need in needs)
+    else:
+        found = _gradients(
+            True, grad_outputs, None, input, mean, rstd, needs, weight, bias, tensors,
+            *ctx.rest[2:5],
+        )  # fmt: skip
     residual = grad_outputs[0] if of_residual else None
-    return of_input, residual, of_weight, of_bias, of_convs, None, None, None, None, None
+    return found[0], None, None, residual, found[1], found[2], found[3:], *(None,) * 7
 
 
 torch.library.register_autograd(
-    "bit_kernels::norm_relu_conv", _op_autograd, setup_context=_setup_context, lib=library
+    "bit_kernels::norm_relu_conv", _backward, setup_context=_setup_context, lib=library
 )
-library.impl("norm_relu_conv", _op, "CompositeExplicitAutograd")
-library.impl("norm_relu_conv_backward", _op_backward, "CompositeExplicitAutograd")
+
+
+# Where no kernel is registered for a device, the op itself still runs.
+
+
+def _plain(
+    input, mean, rstd, residual, weight, bias, conv_tensors, num_groups, eps, relu, geometry,
+    weight_eps, next_groups, next_eps,
+):  # fmt: skip
+    none = list(normalisation.empty_statistics(input, 0))
+    if mean is None:
+        normal, *statistics = normalisation.plain(input, num_groups, weight, bias, eps, relu)
+    else:
+        normal = normalisation.plain_apply(input, mean, rstd, weight, bias, relu)
+        statistics = none
+    outputs = []
+    for conv in _convs(conv_tensors, geometry, weight_eps):
+        shift = None if conv.bias is None else conv.bias.to(normal.dtype)
+        output = torch.conv2d(normal, _used_weight(conv, normal.dtype)[0], shift, *conv[2:6])
+        outputs.append(output.contiguous(memory_format=memory_format(input)))
+    if residual is not None and next_groups:
+        none = normalisation.plain_add(outputs[0], residual, next_groups, next_eps)
+    elif residual is not None:
+        outputs[0].add_(residual)
+    return outputs, *statistics, *none
+
+
+def _used_weight(conv: Conv, dtype: torch.dtype):
+    """The weight that is convolved with, and the statistics that made it if that was done here."""
+    if conv.standardized is not None:
+        return conv.standardized.to(dtype), None, None
+    if conv.eps is None:
+        return conv.weight.to(dtype), None, None
+    return standardization.plain(conv.weight, conv.eps, dtype)
+
+
+def _plain_backward(
+    grad_outputs, grad_skip, input, mean, rstd, needs, weight, bias, conv_tensors, relu, geometry,
+    weight_eps,
+):  # fmt: skip
+    needs_normal = any(needs[:3])
+    normal = normalisation.plain_apply(input, mean, rstd, weight, bias, relu)
+    grad_normal, of_convs, wanted = 0, [], iter(needs[3:])
+    for grad, conv in zip(grad_outputs, _convs(conv_tensors, geometry, weight_eps), strict=True):
+        needs_weight, needs_bias = next(wanted), conv.bias is not None and next(wanted)
+        if conv.standardized is not None:
+            next(wanted)
+        used, *statistics = _used_weight(conv, input.dtype)
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, normal, used, [used.shape[0]], *conv[2:5], False, (0, 0), conv.groups,
+            (needs_normal, needs_weight, needs_bias),
+        )  # fmt: skip
+        if needs_normal:
+            grad_normal = grad_normal + grad_input
+        if needs_weight:
+            if statistics[0] is not None:
+                grad_weight = standardization.plain_backward(grad_weight, conv.weight, *statistics)
+            layout = memory_format(conv.weight)
+            of_convs.append(grad_weight.to(conv.weight.dtype).contiguous(memory_format=layout))
+        if needs_bias:
+            of_convs.append(grad_bias.to(conv.bias.dtype))
+    if not needs_normal:
+        return of_convs
+    found = normalisation.plain_backward(
+        grad_normal, input, mean, rstd, weight, bias, relu, grad_skip
+    )
+    likes = (input, weight, bias)
+    return [
+        grad.to(like.dtype) for grad, like, need in zip(found, likes, needs[:3]) if need
+    ] + of_convs
+
+
+library.impl("norm_relu_conv", _plain, "CompositeExplicitAutograd")
+library.impl("norm_relu_conv_backward", _plain_backward, "CompositeExplicitAutograd")

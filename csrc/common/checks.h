@@ -63,15 +63,18 @@ inline MemoryFormat memory_format(const Tensor& input) {
   return MemoryFormat::Contiguous;
 }
 
+// Calls an op of PyTorch's own that has one result.
+template <class... Arguments>
+Tensor call_aten(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack = {torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // An uninitialised tensor of the shape and strides of `tensor`, in another dtype.
 inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack = {from(tensor),       from(std::optional(dtype)),
-                                       from(std::nullopt), from(std::nullopt),
-                                       from(std::nullopt), from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten("aten::empty_like", "", tensor, std::optional(dtype), std::nullopt, std::nullopt,
+                   std::nullopt, std::nullopt);
 }
 
 inline Tensor empty_floats(std::vector<int64_t> size) {

@@ -6,6 +6,7 @@
 
 #include "../common/checks.h"
 #include "kernels.h"
+#include "ops.h"
 
 namespace bit_kernels {
 namespace {
@@ -32,6 +33,8 @@ GroupNormShape shape_of(const char* op, const Tensor& input, const Tensor& mean,
   check_statistics(op, "rstd", rstd, shape.samples * shape.groups);
   return shape;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_relu(const Tensor& given, int64_t num_groups,
                                                    const std::optional<Tensor>& weight,
@@ -120,8 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
       grad_weight.mutable_data_ptr<float>(), grad_bias.mutable_data_ptr<float>());
   return {grad_input, grad_weight, grad_bias};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bit_kernels, CPU, m) {
   m.impl("group_norm_relu", TORCH_BOX(&group_norm_relu));

@@ -606,6 +606,13 @@ void with_kernel(const GroupNormShape& shape, const T* output, const Body& body)
   shape.channels_last ? run(ChannelsLast<T>{shape}) : run(Contiguous<T>{shape});
 }
 
+template <class T>
+void add_run(T* total, const T* part, int64_t n) {
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    lanes.template store<false>(total + i, lanes.load(total + i) + lanes.load(part + i));
+  });
+}
+
 // The gains' and biases' gradients from the sums of each channel of each sample.
 void sum_samples(const GroupNormShape& shape, const double* sums, const float* rstd,
                  float* grad_weight, float* grad_bias) {
@@ -654,22 +661,27 @@ void group_norm_relu_apply(const GroupNormShape& shape, Element element, const v
   });
 }
 
+void add(int64_t count, Element element, void* total, const void* part) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    parallel_for(count, count >= kParallelElements, [&](int64_t begin, int64_t end) {
+      add_run(static_cast<T*>(total) + begin, static_cast<const T*>(part) + begin, end - begin);
+    });
+  });
+}
+
 void add_group_statistics(const GroupNormShape& shape, Element element, void* input,
                           const void* other, double eps, float* mean, float* rstd) {
   with_element(element, [&](auto of) {
     using T = typename decltype(of)::type;
     T* x = static_cast<T*>(input);
-    const T* added = static_cast<const T*>(other);
-    auto add = [&](int64_t begin, int64_t end) {
-      for_vectors(end - begin, [&](int64_t i, auto part) {
-        T* at = x + begin + i;
-        part.template store<false>(at, part.load(at) + part.load(added + begin + i));
-      });
+    auto sum = [&](int64_t begin, int64_t end) {
+      add_run(x + begin, static_cast<const T*>(other) + begin, end - begin);
     };
     if (shape.channels_last)
-      ChannelsLast<T>{shape}.statistics_from(0, x, eps, mean, rstd, add);
+      ChannelsLast<T>{shape}.statistics_from(0, x, eps, mean, rstd, sum);
     else
-      Contiguous<T>{shape}.statistics_from(0, x, eps, mean, rstd, add);
+      Contiguous<T>{shape}.statistics_from(0, x, eps, mean, rstd, sum);
   });
 }
 

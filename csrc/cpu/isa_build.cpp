@@ -15,6 +15,7 @@ const Kernels kKernels = {
     group_norm_relu,
     group_norm_relu_apply,
     add_group_statistics,
+    add,
     group_norm_relu_backward,
     standardize_weight,
     standardize_weight_backward,

@@ -27,6 +27,8 @@ struct Kernels {
   // input += other, and the statistics of the sum.
   void (*add_group_statistics)(const GroupNormShape&, Element, void* input, const void* other,
                                double eps, float* mean, float* rstd);
+  // total += part, `count` elements.
+  void (*add)(int64_t count, Element, void* total, const void* part);
   // grad_skip, if any, is added to grad_input.
   void (*group_norm_relu_backward)(const GroupNormShape&, Element, const void* grad_output,
                                    const void* input, const float* mean, const float* rstd,

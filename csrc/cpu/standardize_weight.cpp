@@ -6,6 +6,7 @@
 
 #include "../common/checks.h"
 #include "kernels.h"
+#include "ops.h"
 
 namespace bit_kernels {
 namespace {
@@ -27,6 +28,8 @@ void check_results(const char* op, Element weight, Element result) {
   STD_TORCH_CHECK(weight == result || weight == Element::kFloat32, op,
                   ": a weight of a half type gives results of its own dtype only");
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> standardize_weight(const Tensor& given, double eps,
                                                       std::optional<ScalarType> dtype) {
@@ -64,8 +67,6 @@ Tensor standardize_weight_backward(const Tensor& grad_given, const Tensor& given
                                         grad_weight.mutable_data_ptr());
   return grad_weight;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bit_kernels, CPU, m) {
   m.impl("standardize_weight", TORCH_BOX(&standardize_weight));

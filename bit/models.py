@@ -183,11 +183,62 @@ class Root(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images)
-        if self.pools:
-            # A border of zeros, where max_pool2d(padding=1) has one of -inf: no activation comes
-            # before the pool, so x has negative values and a zero can win.
-            x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
-        return x
+        return _max_pool(x) if self.pools else x
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    """F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2), keeping for backward no map but its result.
+
+    A border of zeros, where max_pool2d(padding=1) has one of -inf: no activation comes before the
+    pool, so x has negative values and a zero can win.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
+    return _MaxPool.apply(x)
+
+
+class _MaxPool(torch.autograd.Function):
+    WINDOW = (3, 3), (2, 2), (1, 1), (1, 1), False  # size, stride, padding, dilation, ceil_mode
+
+    @staticmethod
+    def forward(ctx, x):
+        output, indices = torch.ops.aten.max_pool2d_with_indices(x, *_MaxPool.WINDOW)
+        for border in _MaxPool.borders(x.shape, output):
+            border.clamp_(min=0)
+        ctx.save_for_backward(output, indices)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.shape = x.shape
+        ctx.layout = (
+            torch.channels_last
+            if channels_last and not x.is_contiguous()
+            else torch.contiguous_format
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        output, indices = ctx.saved_tensors
+        # A zero at the border is the border's own.
+        grad = grad.clone(memory_format=torch.preserve_format)
+        for border, values in zip(
+            _MaxPool.borders(ctx.shape, grad), _MaxPool.borders(ctx.shape, output), strict=True
+        ):
+            border.masked_fill_(values == 0, 0)
+        # The op asks the map for its shape and layout only.
+        like = grad.new_empty(ctx.shape).contiguous(memory_format=ctx.layout)
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, like, *_MaxPool.WINDOW, indices
+        )
+
+    @staticmethod
+    def borders(shape, pooled):
+        """The outputs whose window reaches over the edge of a map of this shape."""
+        edges = [pooled[:, :, 0], pooled[:, :, :, 0]]
+        if shape[2] % 2:
+            edges.append(pooled[:, :, -1])
+        if shape[3] % 2:
+            edges.append(pooled[:, :, :, -1])
+        return edges
 
 
 class Unit(nn.Module):

@@ -14,13 +14,11 @@ OPS = sorted(functional.__all__)
 
 @pytest.mark.parametrize("op", OPS)
 def test_places(op):
-    for path in (
-        f"bit_kernels/ops/{op}.py",
-        f"csrc/cpu/{op}.cpp",
-        f"csrc/cpu/{op}_kernel.h",
-        f"tests/ops/test_{op}.py",
-        f"benchmarks/ops/{op}.py",
-    ):
+    places = [f"bit_kernels/ops/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py"]
+    # An op made of others' kernels has none of its own, and is timed in the suite of whole steps.
+    if op != "norm_relu_conv":
+        places += [f"csrc/cpu/{op}_kernel.h", f"benchmarks/ops/{op}.py"]
+    for path in places:
         assert (ROOT / path).is_file(), path
     assert callable(getattr(reference, op))
     backends = importlib.import_module("bit_kernels.backends")

@@ -122,6 +122,7 @@ def norm_relu_conv(
     Raises:
         ValueError: an argument's shape, dtype or device is none of these.
     """
+    _check_use(convs, residual, next_norm)
     dtype = autocast_dtype(input)
     if dtype is not None:
         input = input.to(dtype)
@@ -181,23 +182,27 @@ def _run(input, norm, convs, residual, next_norm, compiling, native):
     return outputs
 
 
+def _check_use(convs, residual, next_norm):
+    shortcuts = sum(conv is None for conv in convs)
+    if shortcuts > 1 or shortcuts == len(convs):
+        raise ValueError(
+            f"convs holds {shortcuts} None among {len(convs)}; it must hold at least one Conv and "
+            "at most one None"
+        )
+    if residual is not None and convs[0] is None:
+        raise ValueError("residual is added to the first of convs, which is None")
+    if residual is None and next_norm is not None:
+        raise ValueError(f"next_norm is {next_norm}; without a residual it must be None")
+
+
 def _check(input, norm, convs, residual, next_norm):
     normalisation._check(input, norm.num_groups, norm.weight, norm.bias)
     if input.dim() != 4:
         raise ValueError(f"input has shape {tuple(input.shape)}; it must be (N, C, H, W)")
-    if all(conv is None for conv in convs) or list(convs).count(None) > 1:
-        raise ValueError(
-            f"convs holds {list(convs).count(None)} None among {len(convs)}; it must hold at least "
-            "one Conv and at most one None"
-        )
     for at, conv in enumerate(convs):
         if conv is not None:
             _check_conv(f"convs[{at}]", input, conv)
-    if residual is not None and convs[0] is None:
-        raise ValueError("residual is added to the first of convs, which is None")
     if residual is None:
-        if next_norm is not None:
-            raise ValueError(f"next_norm is {next_norm}; without a residual it must be None")
         return
     shape = _output_shape(input, convs[0])
     if tuple(residual.shape) != shape or residual.device != input.device:

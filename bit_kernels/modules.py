@@ -1,10 +1,20 @@
-"""Drop-ins for nn.Conv2d and nn.GroupNorm; parameters and state_dicts are torch's own."""
+"""Drop-ins for nn.Conv2d, nn.GroupNorm and nn.ReLU; parameters and state_dicts are torch's own."""
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bit_kernels import functional
+from bit_kernels import _recompute, functional
 from bit_kernels.ops.norm_relu_conv import Conv, Norm
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that does not keep a `GroupNorm`'s output for backward, but makes it again.
+
+    Takes nn.Conv2d's arguments; only what it keeps differs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _recompute.convolve(self, input, self.weight)
 
 
 class StdConv2d(nn.Conv2d):
@@ -23,7 +33,7 @@ class StdConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = functional.standardize_weight(self.weight, self.eps)
-        return self._conv_forward(input, weight, self.bias)
+        return _recompute.convolve(self, input, weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"
@@ -45,17 +55,23 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.group_norm_relu(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            relu=self.activation == "relu",
+        relu = self.activation == "relu"
+        output = functional.group_norm_relu(
+            input, self.num_groups, self.weight, self.bias, self.eps, relu=relu
         )
+        _recompute.note(output, input, self, relu)
+        return output
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class ReLU(nn.ReLU):
+    """nn.ReLU that gives back what a `GroupNorm` with activation="relu" made, as it is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = _recompute.noted(input)
+        return input if found is not None and found.recipe.relu else super().forward(input)
 
 
 def norm_relu_conv(

@@ -209,6 +209,7 @@ class _GroupNormReLU(torch.autograd.Function):
     def forward(ctx, *inputs):
         output, mean, rstd = _forward(*inputs)
         _save(ctx, inputs[:-1], mean, rstd)
+        ctx.statistics = mean, rstd  # for a convolution that makes the output again
         return output
 
     backward = staticmethod(_backward)

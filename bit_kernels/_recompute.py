@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bit_kernels import reference
-from bit_kernels.ops._library import apply_node
+from bit_kernels.ops import group_norm_relu as normalisation
+from bit_kernels.ops import standardize_weight as standardization
+from bit_kernels.ops._library import apply_node, autocast_dtype, call_kernel
 
 _notes = WeakIdKeyDictionary()  # a GroupNorm's output: its Note
 
@@ -42,9 +44,7 @@ class Recipe:
             )
         activation = self.activation
         if activation is None:
-            activation = torch.ops.bit_kernels.group_norm_relu(
-                input, self.num_groups, weight, bias, self.eps, self.relu
-            )[0]
+            activation = normalisation._apply_op(input, mean, rstd, weight, bias, self.relu)
         self.waiting -= 1
         if self.waiting > 0:
             self.activation = activation
@@ -94,52 +94,68 @@ def noted(tensor: Tensor) -> Note | None:
     return found
 
 
-def convolve(conv: nn.Conv2d, input: Tensor, weight: Tensor) -> Tensor:
-    """conv's convolution, with `weight` for its own."""
-    found = noted(input) if torch.is_grad_enabled() and weight.requires_grad else None
-    if (
-        found is None
-        or found.ingredients is None
-        or conv.padding_mode != "zeros"
-        or isinstance(conv.padding, str)
-        or input.dim() != 4
-    ):
-        return conv._conv_forward(input, weight, conv.bias)
-    bias, dtype = conv.bias, input.dtype
-    if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+def normalised(conv: nn.Conv2d, input: Tensor) -> Note | None:
+    """The note of conv's input, if keeping what it says instead of the input is worth while."""
+    if not torch.is_grad_enabled() or not conv.weight.requires_grad or input.dim() != 4:
+        return None
+    found = noted(input)
+    if found is None or found.ingredients is None:
+        return None
+    return found if conv.padding_mode == "zeros" and not isinstance(conv.padding, str) else None
+
+
+def convolve(conv: nn.Conv2d, input: Tensor, found: Note, eps: float | None = None) -> Tensor:
+    """conv's convolution of a noted input; the weight is standardized first if there is an eps."""
+    dtype = autocast_dtype(input) or input.dtype
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return apply_node(_Convolution, input, weight, bias, dtype, geometry, *found[:2])
+    return apply_node(_Convolution, input, conv.weight, conv.bias, eps, dtype, geometry, *found[:2])
+
+
+def _convolution(input, weight, bias, eps, dtype, geometry):
+    """What the node computes, in PyTorch's own operations."""
+    weight = weight.to(dtype) if eps is None else reference.standardize_weight(weight, eps, dtype)
+    return torch.conv2d(
+        input.to(dtype), weight, None if bias is None else bias.to(dtype), *geometry
+    )
 
 
 class _Convolution(torch.autograd.Function):
-    """torch.conv2d in `dtype` that keeps its input's ingredients instead of its input."""
+    """Keeps its input's ingredients instead of its input, and the weight as it is."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, dtype, geometry, recipe, ingredients):
+    def forward(ctx, input, weight, bias, eps, dtype, geometry, recipe, ingredients):
         recipe.expect()
-        ctx.save_for_backward(weight, *ingredients)
-        ctx.recipe, ctx.dtype, ctx.geometry = recipe, dtype, geometry
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
-        return torch.conv2d(input.to(dtype), weight, bias, *geometry)
+        ctx.save_for_backward(weight, bias, *ingredients)
+        ctx.recipe, ctx.details = recipe, (eps, dtype, geometry)
+        used = weight.to(dtype) if eps is None else _standardize(weight, eps, dtype)[0]
+        bias = None if bias is None else bias.to(dtype)
+        return torch.conv2d(input.to(dtype), used, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad_output):
-        weight, *ingredients = ctx.saved_tensors
-        activation = ctx.recipe.make(*ingredients).to(ctx.dtype)
-        stride, padding, dilation, groups = ctx.geometry
-        grads = torch.ops.aten.convolution_backward(
-            grad_output,
-            activation,
-            weight,
-            ctx.bias_sizes,
-            stride,
-            padding,
-            dilation,
-            False,  # not transposed
-            (0, 0),  # no output padding
-            groups,
-            ctx.needs_input_grad[:3],
-        )
-        return *grads, None, None, None, None
+        weight, bias, *ingredients = ctx.saved_tensors
+        eps, dtype, geometry = ctx.details
+        activation = ctx.recipe.make(*ingredients)
+        if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+            grads = reference.gradients(
+                lambda *inputs: _convolution(*inputs, *ctx.details),
+                (activation, weight, bias),
+                grad_output,
+            )
+            return *grads, None, None, None, None, None
+        used, *statistics = (weight.to(dtype),) if eps is None else _standardize(weight, eps, dtype)
+        stride, padding, dilation, groups = geometry
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_output, activation.to(dtype), used, [weight.shape[0]], stride, padding, dilation,
+            False, (0, 0), groups, ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        if statistics and grad_weight is not None:
+            grad_weight = standardization._backward_op(grad_weight, weight, *statistics)
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _standardize(weight: Tensor, eps: float, dtype: torch.dtype):
+    """(the standardized weight in dtype, mean, rstd)"""
+    return call_kernel(
+        standardization._forward_op, weight, eps, None if weight.dtype == dtype else dtype
+    )

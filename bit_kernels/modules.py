@@ -14,7 +14,8 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return _recompute.convolve(self, input, self.weight)
+        found = _recompute.normalised(self, input)
+        return super().forward(input) if found is None else _recompute.convolve(self, input, found)
 
 
 class StdConv2d(nn.Conv2d):
@@ -32,8 +33,11 @@ class StdConv2d(nn.Conv2d):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
+        found = _recompute.normalised(self, input)
+        if found is not None:
+            return _recompute.convolve(self, input, found, self.eps)
         weight = functional.standardize_weight(self.weight, self.eps)
-        return _recompute.convolve(self, input, weight)
+        return self._conv_forward(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"

@@ -99,12 +99,13 @@ def _run(model: nn.Module, originals: dict[int, nn.Module], example: Any) -> lis
         makers[id(output)] = inside.pop()
         alive.append(output)
 
-    for module in model.modules():
-        if id(module) in originals:
-            module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave)
+    watched = [module for module in model.modules() if id(module) in originals]
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in watched]
+    hooks += [module.register_forward_hook(leave) for module in watched]
     with Watch():
         outputs = call(model, example)
+    for hook in hooks:
+        hook.remove()
     for leaf in tree_leaves(outputs):
         if id(leaf) in makers:
             makers[id(leaf)].takers.append("the network's output")

@@ -32,11 +32,7 @@ class FrozenConv2d(nn.Conv2d):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and prefix + "standardized" not in state_dict:
-            errors = args[-1]
-            errors.append(
-                f"{prefix}weight is a live network's; a frozen one takes it from "
-                "bit_kernels.freeze, after loading"
-            )
+            args[-1].append(f"{prefix}weight is a live network's: load it, then freeze")
 
 
 _NO_TRAINING = (
@@ -107,7 +103,7 @@ def freeze(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, StdConv2d | GroupNorm)}
     frozen = (FrozenConv2d, FrozenGroupNorm)
-    if not any(layers) and not any(isinstance(m, frozen) for m in model.modules()):
+    if not layers and not any(isinstance(m, frozen) for m in model.modules()):
         raise ValueError(
             "model has no StdConv2d or GroupNorm of bit_kernels; bit_kernels.convert(model) puts "
             "them into a network of other layers"

@@ -39,6 +39,11 @@ class StdConv2d(nn.Conv2d):
         weight = functional.standardize_weight(self.weight, self.eps)
         return self._conv_forward(input, weight, self.bias)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "standardized" in state_dict:  # even where strict is False
+            args[-1].append(f"{prefix}weight is a frozen network's, standardized already")
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"
 

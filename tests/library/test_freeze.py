@@ -57,7 +57,7 @@ def test_outputs_are_the_live_networks(network, inplace):
 
 
 def test_weights_are_folded_once():
-    model, x = of_bit()
+    model, _ = of_bit()
     live = copy.deepcopy(model)
     freeze(model)
     kernel = model.root.conv.weight.clone()

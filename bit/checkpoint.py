@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bit import models
+from bit_kernels.modules import FrozenConv2d
 
 NAMINGS = ("bit", "timm", "npz")
 HEADS = ("head.", "resnet/head/")  # how the head's keys begin, in all three
@@ -389,6 +390,11 @@ def _check_model(model: models.ResNetV2) -> None:
         raise ValueError(
             f"model is a {type(model).__name__}; it must be the ResNetV2 itself, without a wrapper "
             f"such as torch.compile or DistributedDataParallel"
+        )
+    if any(isinstance(module, FrozenConv2d) for module in model.modules()):
+        raise ValueError(
+            "model is frozen, its weights are standardized for good; save and load the network "
+            "that it is frozen from"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model is on the meta device, where it has no values; create it elsewhere")

@@ -80,6 +80,8 @@ def note(output: Tensor, input: Tensor, norm: nn.GroupNorm, relu: bool) -> None:
     ingredients = None
     if statistics is not None:
         ingredients = (input, norm.weight, norm.bias, *statistics)
+    if ingredients is None and not relu:
+        return  # nobody has a use for it
     recipe = Recipe(norm.num_groups, norm.eps, relu)
     _notes[output] = Note(recipe, ingredients, _versions(output, *(ingredients or ())))
 

@@ -10,10 +10,16 @@ from torch import nn
 
 from bit_kernels import _chains, _proof
 from bit_kernels._recognise import Plan, StdConv2dSame, plan
-from bit_kernels.freeze import FrozenConv2d, FrozenGroupNorm
-from bit_kernels.modules import Conv2d, GroupNorm, ReLU, StdConv2d
+from bit_kernels.modules import (
+    Conv2d,
+    FrozenConv2d,
+    FrozenGroupNorm,
+    GroupNorm,
+    ReLU,
+    StdConv2d,
+)
 
-_OURS = (Conv2d, FrozenConv2d, FrozenGroupNorm, GroupNorm, ReLU, StdConv2d, StdConv2dSame)
+_OURS = (Conv2d, FrozenConv2d, FrozenGroupNorm, GroupNorm, StdConv2d)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, str], dict[nn.Module, Plan]
     names, plans, relus, within, known = {}, {}, [], set(), {}
     for name, module in model.named_modules():
         names[module] = name
-        if module in within or type(module) in _OURS:
+        if module in within or isinstance(module, _OURS):
             continue
         if isinstance(module, nn.GroupNorm | nn.Conv2d):
             plans[module] = plan(module, known)

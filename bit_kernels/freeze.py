@@ -5,40 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from bit_kernels import functional, reference
+from bit_kernels import functional
 from bit_kernels._recognise import StdConv2dSame, pad_same
-from bit_kernels.modules import GroupNorm, StdConv2d
-
-
-class FrozenConv2d(nn.Conv2d):
-    """A plain nn.Conv2d whose weight is a `StdConv2d`'s, standardized for good.
-
-    Its state_dict has one entry more, `standardized`, without which nothing loads into it and with
-    which nothing else loads. It can't train: its weight would no longer be standardized.
-    """
-
-    standardized: Tensor
-
-    def train(self, mode: bool = True) -> "FrozenConv2d":
-        if mode:
-            raise RuntimeError(_NO_TRAINING)
-        return super().train(mode)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(_NO_TRAINING)
-        return super().forward(input)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in state_dict and prefix + "standardized" not in state_dict:
-            args[-1].append(f"{prefix}weight is a live network's: load it, then freeze")
-
-
-_NO_TRAINING = (
-    "this network is frozen: its weights are standardized already and can't be trained; train the "
-    "network that it was frozen from, or a new one"
-)
+from bit_kernels.modules import FrozenConv2d, FrozenGroupNorm, GroupNorm, StdConv2d
 
 
 class FrozenConv2dSame(FrozenConv2d):
@@ -46,27 +15,6 @@ class FrozenConv2dSame(FrozenConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(pad_same(self, input))
-
-
-class FrozenGroupNorm(GroupNorm):
-    """`GroupNorm` that a graph to export shows as PyTorch's own operations."""
-
-    def train(self, mode: bool = True) -> "FrozenGroupNorm":
-        if mode:
-            raise RuntimeError(_NO_TRAINING)
-        return super().train(mode)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting() and not torch.jit.is_tracing():
-            return super().forward(input)
-        return reference.group_norm_relu(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            relu=self.activation == "relu",
-        )
 
 
 _FROZEN = {

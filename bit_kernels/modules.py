@@ -1,9 +1,10 @@
 """Drop-ins for nn.Conv2d, nn.GroupNorm and nn.ReLU; parameters and state_dicts are torch's own."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bit_kernels import _recompute, functional
+from bit_kernels import _recompute, functional, reference
 from bit_kernels.ops.norm_relu_conv import Conv, Norm
 
 
@@ -83,6 +84,62 @@ class ReLU(nn.ReLU):
         return input if found is not None and found.recipe.relu else super().forward(input)
 
 
+_NO_TRAINING = (
+    "this network is frozen: its weights are standardized already and can't be trained; train the "
+    "network that it was frozen from, or a new one"
+)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A plain nn.Conv2d whose weight is a `StdConv2d`'s, standardized for good.
+
+    Its state_dict has one entry more, `standardized`, without which nothing loads into it and with
+    which nothing else loads. It can't train: its weight would no longer be standardized.
+    """
+
+    standardized: Tensor
+
+    def train(self, mode: bool = True) -> "FrozenConv2d":
+        if mode:
+            raise RuntimeError(_NO_TRAINING)
+        return super().train(mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(_NO_TRAINING)
+        return super().forward(input)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict and prefix + "standardized" not in state_dict:
+            args[-1].append(f"{prefix}weight is a live network's: load it, then freeze")
+
+
+class FrozenGroupNorm(GroupNorm):
+    """`GroupNorm` that a graph to export shows as PyTorch's own operations."""
+
+    def train(self, mode: bool = True) -> "FrozenGroupNorm":
+        if mode:
+            raise RuntimeError(_NO_TRAINING)
+        return super().train(mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _exporting():
+            return super().forward(input)
+        return reference.group_norm_relu(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            relu=self.activation == "relu",
+        )
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def norm_relu_conv(
     input: Tensor,
     norm: nn.GroupNorm,
@@ -128,16 +185,26 @@ def _tensors_of(conv: nn.Conv2d) -> Conv:
 
 def _fusible(norm: nn.GroupNorm, *convs: nn.Conv2d | None) -> bool:
     """Whether calling the modules would do nothing but what their tensors say."""
-    if type(norm) not in (GroupNorm, nn.GroupNorm) or _hooked(norm) or _has_any_global_hook():
+    if _hooked(norm) or _has_any_global_hook():
+        return False
+    if type(norm) is FrozenGroupNorm:
+        if _exporting():
+            return False
+    elif type(norm) not in (GroupNorm, nn.GroupNorm):
         return False
     return all(
         conv is None
-        or type(conv) in (StdConv2d, nn.Conv2d)
+        or (type(conv) in (StdConv2d, nn.Conv2d) or _is_frozen(conv))
         and not _hooked(conv)
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
         for conv in convs
     )
+
+
+def _is_frozen(conv: nn.Conv2d) -> bool:
+    """Whether nobody tries to train it, which calling it would refuse."""
+    return type(conv) is FrozenConv2d and not conv.weight.requires_grad
 
 
 def _hooked(module: nn.Module) -> bool:

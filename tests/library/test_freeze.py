@@ -8,9 +8,9 @@ from test_convert import BatchNormStdConv2d, BitStdConv2d, GroupNormAct, PreActi
 from torch import nn
 
 import bit_kernels
-from bit import models
+from bit import checkpoint, models
 from bit_kernels import freeze
-from bit_kernels.freeze import FrozenConv2d
+from bit_kernels.modules import FrozenConv2d
 
 
 def of_bit():
@@ -47,6 +47,9 @@ def test_outputs_are_the_live_networks(network, inplace):
         expected = live(x)
         assert torch.allclose(frozen(x), expected, rtol=1e-5, atol=1e-5)
         assert torch.allclose(copy.deepcopy(frozen)(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(frozen(x), live(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
         if not inplace:
             assert torch.equal(model.eval()(x), expected)
             assert all(p.requires_grad for p in model.parameters())
@@ -99,13 +102,15 @@ def test_a_head_on_frozen_features_and_an_inputs_gradient():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_state_dicts_of_frozen_and_live_networks_dont_mix(strict):
+def test_state_dicts_of_frozen_and_live_networks_dont_mix(strict, tmp_path):
     live, x = of_bit()
     frozen = freeze(live, inplace=False)
     with pytest.raises(RuntimeError, match=r"root\.conv\.weight is a frozen network's"):
         live.load_state_dict(frozen.state_dict(), strict=strict)
     with pytest.raises(RuntimeError, match=r"root\.conv\.weight is a live network's"):
         frozen.load_state_dict(live.state_dict(), strict=strict)
+    with pytest.raises(ValueError, match="model is frozen"):
+        checkpoint.save(frozen, tmp_path / "frozen.safetensors")
     other = freeze(models.create("R14x0.125", num_classes=4))
     other.load_state_dict(frozen.state_dict(), strict=strict)
     assert torch.equal(other(x), frozen(x))

@@ -9,17 +9,10 @@ import torch
 from torch import nn
 
 from bit_kernels import _chains, _proof
-from bit_kernels._recognise import Plan, StdConv2dSame, plan
-from bit_kernels.modules import (
-    Conv2d,
-    FrozenConv2d,
-    FrozenGroupNorm,
-    GroupNorm,
-    ReLU,
-    StdConv2d,
-)
+from bit_kernels._recognise import Plan, plan
+from bit_kernels.modules import Conv2d, FrozenConv2d, GroupNorm, ReLU, StdConv2d
 
-_OURS = (Conv2d, FrozenConv2d, FrozenGroupNorm, GroupNorm, StdConv2d)
+_OURS = (Conv2d, FrozenConv2d, GroupNorm, StdConv2d)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """What the figures of a run depend on: processor, caches, versions, other work, the allocator."""
 
+import contextlib
 import ctypes
+import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -35,17 +38,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def device() -> str:
-    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB"."""
-    model = platform.processor() or platform.machine()
+def _model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
+                return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    parts = [model, f"{cores()} cores", torch.backends.cpu.get_cpu_capability()]
+    return platform.processor() or platform.machine()
+
+
+def short_name() -> str:
+    """The processor as a part of file names, for instance "epyc-2-cores"."""
+    model = re.sub(r"\(.*?\)|@.*|\b(AMD|Intel|CPU|Processor|\d+-Core)\b", " ", _model())
+    words = re.findall(r"[a-z0-9]+", model.lower())
+    return "-".join([*words, f"{cores()}-cores"])
+
+
+def device() -> str:
+    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB"."""
+    parts = [_model(), f"{cores()} cores", torch.backends.cpu.get_cpu_capability()]
     for level in (2, 3):
         size = cache_bytes(level)
         if size:
@@ -61,6 +73,9 @@ def versions() -> str:
         f"bit_kernels {bit_kernels.__version__}",
         f"python {platform.python_version()}",
     ]
+    for rival in ("timm", "onnxruntime", "torchvision"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{rival} {importlib.metadata.version(rival)}")
     commit = _git("rev-parse", "--short", "HEAD")
     if commit:
         parts.append(f"commit {commit}{'+' if _git('status', '--porcelain', '-uno') else ''}")

@@ -55,6 +55,10 @@ def network_of(provider: str) -> Network:
     return NETWORKS[provider.partition("/")[0].removesuffix("_compiled")]
 
 
+def layout_of(provider: str) -> torch.memory_format:
+    return LAYOUTS[provider.partition("/")[2]]
+
+
 def plain_of(provider: str) -> str:
     """The rival that computes the same as `provider` in plain PyTorch, and in NCHW."""
     return f"{network_of(provider).plain}/NCHW"
@@ -86,7 +90,7 @@ class SharedWeights:
 
     def build(self, provider: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The rival's network in its layout, in training mode and not compiled yet."""
-        network, layout = network_of(provider), provider.partition("/")[2]
+        network = network_of(provider)
         module = network.create(self.name, self.num_classes)
         # BatchNorm's buffers aren't among the weights, and conv_only has no norms.
         mine = dict(self._named(network.names))
@@ -94,7 +98,7 @@ class SharedWeights:
         if absent:
             raise ValueError(f"{provider} has parameters that bit has not: {', '.join(absent)}")
         module.load_state_dict(mine, strict=False)
-        return module.to(dtype=dtype, memory_format=LAYOUTS[layout])
+        return module.to(dtype=dtype, memory_format=layout_of(provider))
 
     def parameters(self, provider: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The rival's parameters under bit's names."""

@@ -7,7 +7,13 @@ and 3x3 pool stride 2, then four blocks of units; the stride is on the 3x3 of a 
 import re
 from dataclasses import dataclass
 
-UNITS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+UNITS = {
+    14: (1, 1, 1, 1),
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 def parse(name: str) -> tuple[int, float]:

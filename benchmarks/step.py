@@ -46,6 +46,7 @@ if torch.cpu._is_avx512_bf16_supported():
 NETWORKS = ("bit", "eager", "timm", "timm_batch_norm", "batch_norm", "conv_only")
 COMPILED = ("bit_compiled", "timm_compiled")
 BASELINES = ("eager", "timm")
+PICTURE = ("times_limit", 1.0)
 
 
 def cases(options: Options) -> list[Case]:
@@ -121,7 +122,7 @@ class StepWorkload:
         return self._results(loss, step.learned())
 
     def calls(self, provider: str) -> list[Callable[[], object]]:
-        step, layout = self._step(provider), LAYOUTS[provider.partition("/")[2]]
+        step, layout = self._step(provider), rivals.layout_of(provider)
         return [
             functools.partial(step, images.contiguous(memory_format=layout), labels)
             for images, labels in self._batches

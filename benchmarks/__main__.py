@@ -16,12 +16,13 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks import machine, report, tables
-from benchmarks.runner import Case, CopyLimit, Count, MatrixLimit, Options, Result, measure
+from benchmarks.runner import Case, CopyLimit, Count, MatrixLimit, Result, measure
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
-    # name -> module with cases(options) -> list of runner.Case and runner.Count. It may have
-    # draw(rows, path), or PICTURE = (metric, value at which a line is drawn), and markdown(rows).
+    # name -> module with cases(*, threads, dtypes, quick, compiled) -> list of runner.Case and
+    # runner.Count. It may have DTYPES, measured if nobody says which; draw(rows, path), or PICTURE =
+    # (metric, value at which a line is drawn); markdown(rows).
     "ops": "benchmarks.ops",
     "step": "benchmarks.step",
     "memory": "benchmarks.memory",
@@ -52,10 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         cases = {suite: _cases(suite, options) for suite in suites}
         if not any(cases.values()):
-            parser.error(
-                f"--filter is {' '.join(options.filter)} and --rivals {' '.join(options.rivals)}; "
-                f"no case has that in its name (see --list)"
-            )
+            parser.error(_nothing_left(options))
         if options.list:
             print("\n".join(dict.fromkeys(one.name for found in cases.values() for one in found)))
             return 0
@@ -85,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="N",
-        help="numbers of threads (default: all cores, and for ops also 1)",
+        help="numbers of threads (default: all cores, and for ops and data 1, too)",
     )
     parser.add_argument(
         "--filter",
@@ -106,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         choices=["float32", "bfloat16", "float16"],
-        help="for whole networks bfloat16 is autocast (default: float32, for step both)",
+        help="for whole networks bfloat16 is autocast (default: float32, for step and memory bfloat16, too)",
     )
     parser.add_argument("--rounds", type=int, help="samples a figure (default: 15, quick: 7)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rivals")
@@ -137,16 +135,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(suite: str, options: argparse.Namespace) -> list[Case | Count]:
-    asked = Options(
-        tuple(options.threads),
-        tuple(options.dtype),
-        options.quick,
-        options.compile,
-        options.data,
-    )
+    module = _module(suite)
+    # Only ops are so short that one thread and all of them tell different things.
+    alone = {1} if suite in ("ops", "data") else set()
+    more = {"data": options.data} if suite == "accuracy" else {}
     found = [
         case
-        for case in _module(suite).cases(asked)
+        for case in module.cases(
+            threads=options.threads or sorted({*alone, machine.cores()}),
+            dtypes=options.dtype or list(getattr(module, "DTYPES", ("float32",))),
+            quick=options.quick,
+            compiled=options.compile,
+            **more,
+        )
         if all(part in case.name for part in options.filter)
     ]
     if not options.rivals:
@@ -165,6 +166,15 @@ def _only(prefixes: list[str]):
         return dataclasses.replace(case, providers=tuple(kept)) if named else None
 
     return chosen
+
+
+def _nothing_left(options: argparse.Namespace) -> str:
+    asked = [
+        f"--{name} is {' '.join(values)}"
+        for name in ("filter", "rivals", "dtype")
+        if (values := getattr(options, name))
+    ]
+    return f"{', '.join(asked)}; no case has that (see --list)"
 
 
 def _module(suite: str) -> ModuleType:

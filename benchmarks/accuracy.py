@@ -21,9 +21,9 @@ import matplotlib.figure
 import torch
 from torch import nn
 
-from benchmarks import machine, networks, tables
+from benchmarks import networks, tables
 from benchmarks.report import Row
-from benchmarks.runner import Count, Figure, Options
+from benchmarks.runner import Count, Figure
 from bit.config import Config, Images, Network, Run, Schedule, resolve
 from bit.interrupt import StopSignals
 from bit.runlog import RunLog
@@ -52,7 +52,7 @@ FULL = Plan(
         images=Images(crop=28, resize=28, val_fraction=0.0),
         network=Network(model="R14x0.25", stem="small"),
         schedule=Schedule(
-            batch=128, micro_batch=128, steps=300, base_lr=0.1, weight_decay=1e-4, mixup=0.0
+            batch=128, micro_batch=128, steps=300, base_lr=0.05, weight_decay=1e-4, mixup=0.0
         ),
         run=Run(outputs="minimal"),
     ),
@@ -63,13 +63,13 @@ QUICK = Plan(
     Config(
         data="digits",
         images=Images(crop=8, resize=8, val_fraction=0.0, flip=False),
-        network=Network(model="R14x0.125", stem="small"),
+        network=Network(model="R14x0.25", stem="small"),
         schedule=Schedule(
-            batch=32, micro_batch=32, steps=30, base_lr=0.1, weight_decay=1e-4, mixup=0.0
+            batch=32, micro_batch=32, steps=20, base_lr=0.02, weight_decay=1e-4, mixup=0.0
         ),
         run=Run(outputs="minimal"),
     ),
-    micro=4,
+    micro=8,
     seeds=(1, 1),
 )
 
@@ -83,14 +83,25 @@ NORMS = {
 }
 
 
-def cases(options: Options) -> list[Count]:
-    """Two cases; `data` is trained on in place of Fashion-MNIST, resized to 32 px at most."""
-    plan = QUICK if options.quick else FULL
-    if options.data:
-        sides = {} if options.quick else {"crop": 32, "resize": 32}
+def cases(
+    *,
+    threads: list[int],
+    dtypes: list[str],
+    quick: bool = False,
+    compiled: bool = False,
+    data: str | None = None,
+) -> list[Count]:
+    """Fused against plain, then the norms at each batch; float32 and eager networks only.
+
+    data: trained on at 32 px in place of Fashion-MNIST; a name or a path, as for `bit.train`.
+    """
+    if "float32" not in dtypes:
+        return []
+    plan = QUICK if quick else FULL
+    if data:
+        sides = {} if quick else {"crop": 32, "resize": 32}
         images = replace(plan.config.images, flip=True, **sides)
-        plan = replace(plan, config=replace(plan.config, data=options.data, images=images))
-    threads = options.threads or (machine.cores(),)
+        plan = replace(plan, config=replace(plan.config, data=data, images=images))
     batch = plan.config.schedule.batch
     found = []
     for count in threads:

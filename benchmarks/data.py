@@ -2,25 +2,26 @@
 
 The op's rivals are declared in `benchmarks/ops/mixup.py`. The share of a step that waits for data
 is that of the project's own training loop: the same updates, on batches that the loader's thread
-prepares meanwhile, and on batches that were all there before (`at_hand`).
+prepares meanwhile (`loaded`), and on batches that are tensors already (`at_hand`).
 """
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from torch import Tensor
 
-from benchmarks import machine, ops
-from benchmarks.runner import Case, Options
+from benchmarks.runner import Case
 from bit.config import Config, Images, Network, Run, Schedule, resolve
-from bit.data import Split
+from bit.data import Batch, Split
 from bit.task import Task
 from bit.train import Trainer
 
-OP = "mixup"
+OP = "benchmarks.ops.mixup"
 LOADED, AT_HAND = "loaded", "at_hand"
 UPDATES = 8  # in one call: more than the loader prepares ahead while others are timed
 PICTURE = ("times_limit", 1.0)
@@ -44,18 +45,17 @@ CASES = [
 ]
 
 
-def cases(options: Options) -> list[Case]:
-    """The op's cases, where there is one, then training with and without loading."""
+def cases(
+    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+) -> list[Case]:
+    """The op's cases, where there is one, then training with and without loading, in float32."""
     found = []
-    if OP in ops.OPS and importlib.util.find_spec(f"benchmarks.ops.{OP}"):
-        found += [case for case in ops.cases(options) if case.name.startswith(f"{OP}/")]
-    found += [
-        _case(case, threads)
-        for case in CASES
-        for threads in options.threads or (machine.cores(),)
-        if case.quick == options.quick and "float32" in (options.dtypes or ("float32",))
+    if importlib.util.find_spec(OP):
+        op = importlib.import_module(OP)
+        found += op.cases(threads=threads, dtypes=dtypes, quick=quick, compiled=compiled)
+    return found + [
+        _case(case, max(threads)) for case in CASES if case.quick == quick and "float32" in dtypes
     ]
-    return found
 
 
 def _case(case: WaitCase, threads: int) -> Case:
@@ -93,7 +93,7 @@ class WaitWorkload:
         )
         self._trainer = Trainer(resolve(config, num_examples=count, native_size=side), task)
 
-    def reference(self, plain: str) -> dict[str, Tensor]:
+    def reference(self) -> dict[str, Tensor]:
         return {}
 
     def outputs(self, provider: str) -> dict[str, Tensor]:
@@ -102,10 +102,16 @@ class WaitWorkload:
     def calls(self, provider: str) -> list[Callable[[], object]]:
         batches = self._trainer.batches
         if provider == AT_HAND:
-            ready = [batches.batch(step) for step in range(UPDATES)]
+            ready = [_at_hand(batches.batch(step)) for step in range(UPDATES)]
             return [functools.partial(self._train, lambda: ready)]
         return [functools.partial(self._train, lambda: batches.iterate(0, UPDATES))]
 
     def _train(self, batches: Callable) -> None:
         for batch in batches():
             self._trainer.update(batch, 0.003)
+
+
+def _at_hand(batch: Batch) -> SimpleNamespace:
+    """A batch whose pixels have been cropped, normalised and mixed, as `Trainer.update` takes it."""
+    whole = list(batch.micro(len(batch.labels)))
+    return SimpleNamespace(labels=batch.labels, lam=batch.lam, micro=lambda size: whole)

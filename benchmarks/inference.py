@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import bit_kernels
-from benchmarks import machine, rivals
-from benchmarks.runner import Case, Options
+from benchmarks import rivals
+from benchmarks.runner import Case
 from benchmarks.step import providers
 
 NUM_CLASSES = 1000
@@ -41,13 +41,15 @@ CASES = [
 ]
 
 
-def cases(options: Options) -> list[Case]:
-    """One image and eight, of 224 px, or with `quick` a small network at 64 px; float32."""
+def cases(
+    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+) -> list[Case]:
+    """One image and eight, of 224 px, or with `quick` a small network at 64 px; float32 only."""
     return [
-        _case(case, threads, options.compiled)
+        _case(case, count, compiled)
         for case in CASES
-        for threads in options.threads or (machine.cores(),)
-        if case.quick == options.quick and "float32" in (options.dtypes or ("float32",))
+        for count in threads
+        if case.quick == quick and "float32" in dtypes
     ]
 
 
@@ -56,7 +58,7 @@ def _case(case: InferenceCase, threads: int, compiled: bool) -> Case:
     if not hasattr(bit_kernels, "freeze"):
         offered.remove(FROZEN)
     named = providers(offered)
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+    if _onnx_installed():
         named += (f"{ONNX}/NCHW",)
     return Case(
         suite="inference",
@@ -92,13 +94,16 @@ class InferenceWorkload:
         self._weights = rivals.SharedWeights(case.name, NUM_CLASSES)
         self._forwards: dict[str, Callable[[Tensor], Tensor]] = {}
 
-    def reference(self, plain: str) -> dict[str, Tensor]:
-        network = self._weights.build(plain, torch.float64).eval()
-        with torch.inference_mode():
-            return {"logits": network(self._batches[0].double())}
+    def reference(self) -> dict[str, Tensor]:
+        found = {}
+        for plain in sorted({network.plain for network in rivals.NETWORKS.values()}):
+            network = self._weights.build(f"{plain}/NCHW", torch.float64).eval()
+            with torch.inference_mode():
+                found[f"{plain}/NCHW logits"] = network(self._batches[0].double())
+        return found
 
     def outputs(self, provider: str) -> dict[str, Tensor]:
-        return {"logits": self._forward(provider)(self._batches[0])}
+        return {f"{_plain(provider)} logits": self._forward(provider)(self._batches[0])}
 
     def calls(self, provider: str) -> list[Callable[[], object]]:
         forward = self._forward(provider)
@@ -119,6 +124,10 @@ class InferenceWorkload:
                 forward = torch.inference_mode()(rivals.compiled(provider, network))
             self._forwards[provider] = forward
         return self._forwards[provider]
+
+
+def _onnx_installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
 
 
 def _onnx(network: torch.nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:

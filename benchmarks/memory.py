@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import machine, rivals
-from benchmarks.runner import Count, Figure, Options
+from benchmarks import rivals
+from benchmarks.runner import Count, Figure
 from benchmarks.step import providers
 
 MB = 1e6
 NETWORKS = ("bit", "timm", "timm_batch_norm", "eager", "batch_norm", "conv_only")
 PICTURE = ("saved_activations", None)
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,21 @@ CASES = [
 ]
 
 
-def cases(options: Options) -> list[Count]:
-    """Each network by accounting, and the peak of those that can run here."""
+def cases(
+    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+) -> list[Count]:
+    """Each network by accounting, and the peak of those that can run here; eager rivals only."""
     found = []
     for case in CASES:
-        if case.quick != options.quick or case.dtype not in (options.dtypes or (case.dtype,)):
+        if case.quick != quick or case.dtype not in dtypes:
             continue
         name = f"{case.name}/{case.images}x3x{case.side}x{case.side}"
-        shared = ("memory", f"{name}/accounting", case.dtype, machine.cores())
-        found.append(Count(*shared, functools.partial(_account, case)))
+        shared = (case.dtype, max(threads))
+        take = functools.partial(_account, case)
+        found.append(Count("memory", f"{name}/accounting", *shared, take))
         if case.runs:
-            shared = ("memory", f"{name}/run", case.dtype, machine.cores())
-            found.append(Count(*shared, functools.partial(_run, case)))
+            take = functools.partial(_run, case, max(threads))
+            found.append(Count("memory", f"{name}/run", *shared, take))
     return found
 
 
@@ -143,7 +147,7 @@ def _account(case: MemoryCase) -> Iterator[Figure]:
             network = _network(case, provider)
         with FakeTensorMode():
             _claim_cpu(network)
-            optimizer = _optimizer(provider, network)
+            optimizer = _optimizer(case, provider, network)
             saved = saved_bytes(network, *_batch(case, provider), case.dtype)
             weights = sum(parameter.nbytes for parameter in network.parameters())
         activations[provider] = saved.activations
@@ -187,10 +191,10 @@ def _claim_cpu(network: nn.Module) -> None:
             setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
-def _optimizer(provider: str, network: nn.Module) -> torch.optim.Optimizer | None:
+def _optimizer(case: MemoryCase, provider: str, network: nn.Module) -> torch.optim.Optimizer | None:
     if provider.startswith("conv_only"):
         return None
-    return rivals.make_optimizer(provider, network)
+    return rivals.make_optimizer(provider, network, case.dtype)
 
 
 def _batch(case: MemoryCase, provider: str) -> tuple[Tensor, Tensor]:
@@ -199,15 +203,17 @@ def _batch(case: MemoryCase, provider: str) -> tuple[Tensor, Tensor]:
     return images, torch.zeros(case.images, dtype=torch.int64)
 
 
-def _run(case: MemoryCase) -> Iterator[Figure]:
+def _run(case: MemoryCase, threads: int) -> Iterator[Figure]:
     """Every provider's peak, each in a process of its own."""
     for provider in providers(NETWORKS):
-        arguments = [provider, case.name, case.classes, case.images, case.side, case.dtype]
+        asked = [case.name, case.classes, case.images, case.side, case.dtype]
+        arguments = [provider, threads, *asked]
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.memory", *map(str, arguments)],
             cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{provider} failed in its own process: {done.stderr.strip()}")
@@ -221,7 +227,7 @@ def probe(case: MemoryCase, provider: str) -> dict[str, float]:
     before = _resident()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         network = _network(case, provider)
-        optimizer = _optimizer(provider, network)
+        optimizer = _optimizer(case, provider, network)
         for _ in range(2):
             network.zero_grad(set_to_none=True)
             rivals.loss_of(network, images, labels, case.dtype).backward()
@@ -257,12 +263,14 @@ def main() -> None:
     """One provider's peak, as JSON in the last line; the suite calls this."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
     parser.add_argument("provider")
+    parser.add_argument("threads", type=int)
     parser.add_argument("name")
     for number in ("classes", "images", "side"):
         parser.add_argument(number, type=int)
     parser.add_argument("dtype")
     asked = vars(parser.parse_args())
     provider = asked.pop("provider")
+    torch.set_num_threads(asked.pop("threads"))
     print(json.dumps(probe(MemoryCase(**asked), provider)))
 
 

@@ -117,13 +117,16 @@ def compiled(provider: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(module, fullgraph=True, dynamic=False)
 
 
-def make_optimizer(provider: str, module: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, and decay of kernels; bit's own keeps its kernels standardized."""
+def make_optimizer(provider: str, module: nn.Module, dtype: str) -> torch.optim.Optimizer:
+    """SGD with momentum, and decay of kernels; bit's own keeps its kernels standardized in `dtype`,
+    "float32" or, for autocast, "bfloat16".
+    """
     groups = parameter_groups(module.parameters())
     if network_of(provider) is NETWORKS["bit"] and importlib.util.find_spec("bit_kernels.optim"):
         from bit_kernels.optim import SGD
 
-        return SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, model=module)
+        kept = torch.bfloat16 if dtype == "bfloat16" else None
+        return SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, model=module, dtype=kept)
     return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, fused=True)
 
 

@@ -37,31 +37,17 @@ class Workload(Protocol):
     Any method may raise for one provider: that rival is shown with its error and gets no figure.
     """
 
-    def reference(self, plain: str) -> dict[str, Tensor]:
-        """What provider `plain` must give, in float64, by name; empty: nothing to compare."""
+    def reference(self) -> dict[str, Tensor]:
+        """The right outputs in float64, by name; empty where there is nothing to compare."""
 
     def outputs(self, provider: str) -> dict[str, Tensor]:
-        """What `provider` computes from the same inputs, under the same names."""
+        """What `provider` computes from the same inputs, under the same names.
+
+        Where rivals differ in what they compute (`Case.plain`), each gives a part of the names.
+        """
 
     def calls(self, provider: str) -> Sequence[Callable[[], object]]:
         """What is timed: one call for each copy of the inputs, equally many for each provider."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked of a suite.
-
-    threads, dtypes: to measure with; empty for the suite's own choice.
-    quick: only what fits into a minute.
-    compiled: torch.compile's rivals, too.
-    data: archive, folder or name of the images to train on; None for the suite's own choice.
-    """
-
-    threads: tuple[int, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    quick: bool = False
-    compiled: bool = False
-    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -226,19 +212,20 @@ def disagreement(
 
 def gate(case: Case, workload: Workload) -> dict[str, str]:
     """The providers that may not be timed, each with the reason."""
+    reference = workload.reference()
+    if not reference:
+        return {}
     red: dict[str, str] = {}
     families: dict[str, list[str]] = {}
     for provider in case.providers:
         families.setdefault(case.plain.get(provider, case.baselines[0]), []).append(provider)
     for plain, providers in families.items():
-        reference = workload.reference(plain)
-        if not reference:
-            continue
         unfused = workload.outputs(plain)
+        right = {name: reference[name] for name in (unfused if case.plain else reference)}
         for provider in providers:
             try:
                 outputs = unfused if provider == plain else workload.outputs(provider)
-                reason = disagreement(outputs, reference, unfused, case.room)
+                reason = disagreement(outputs, right, unfused, case.room)
             except Exception as error:
                 reason = f"{type(error).__name__}: {_first_line(error)}"
             if reason:

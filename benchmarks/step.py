@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import machine, rivals
+from benchmarks import rivals
 from benchmarks.ops import LAYOUTS
-from benchmarks.runner import Case, Options
+from benchmarks.runner import Case
 
 NUM_CLASSES = 1000
 BATCHES = 3  # of fresh images; what a step writes in between is past every cache
@@ -47,15 +47,18 @@ NETWORKS = ("bit", "eager", "timm", "timm_batch_norm", "batch_norm", "conv_only"
 COMPILED = ("bit_compiled", "timm_compiled")
 BASELINES = ("eager", "timm")
 PICTURE = ("times_limit", 1.0)
+DTYPES = ("float32", "bfloat16")
 
 
-def cases(options: Options) -> list[Case]:
-    """Full-size networks, or with `quick` a small one, in float32 and bfloat16 autocast."""
+def cases(
+    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+) -> list[Case]:
+    """Full-size networks, or with `quick` a small one; "bfloat16" is autocast."""
     return [
-        _case(case, threads, options.compiled)
+        _case(case, count, compiled)
         for case in CASES
-        for threads in options.threads or (machine.cores(),)
-        if case.quick == options.quick and case.dtype in (options.dtypes or (case.dtype,))
+        for count in threads
+        if case.quick == quick and case.dtype in dtypes
     ]
 
 
@@ -101,10 +104,17 @@ class StepWorkload:
             for _ in range(BATCHES)
         ]
         self._weights = rivals.SharedWeights(case.name, NUM_CLASSES)
-        self._norms: dict[str, Tensor] = {}
+        self._norms: dict[str, dict[str, Tensor]] = {}
         self._steps: dict[str, Step] = {}
 
-    def reference(self, plain: str) -> dict[str, Tensor]:
+    def reference(self) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for plain in sorted({network.plain for network in rivals.NETWORKS.values()})
+            for name, tensor in self._reference(f"{plain}/NCHW").items()
+        }
+
+    def _reference(self, plain: str) -> dict[str, Tensor]:
         step = Step(plain, self._weights, "float64")
         for images, labels in self._batches[:GATE_STEPS]:
             loss = step(images.double(), labels)
@@ -112,14 +122,14 @@ class StepWorkload:
         norms = {key: tensor.norm() for key, tensor in learned.items()}
         # What a following BatchNorm takes out again has a gradient of rounding errors only.
         least = SMALLEST_NORM * max(norms.values())
-        self._norms = {key: norm.clamp(min=least) for key, norm in norms.items()}
-        return self._results(loss, learned)
+        self._norms[plain] = {key: norm.clamp(min=least) for key, norm in norms.items()}
+        return self._results(plain, loss, learned)
 
     def outputs(self, provider: str) -> dict[str, Tensor]:
         step = self._step(provider)
         for images, labels in self._batches[:GATE_STEPS]:
             loss = step(images, labels)
-        return self._results(loss, step.learned())
+        return self._results(rivals.plain_of(provider), loss, step.learned())
 
     def calls(self, provider: str) -> list[Callable[[], object]]:
         step, layout = self._step(provider), rivals.layout_of(provider)
@@ -133,10 +143,10 @@ class StepWorkload:
             self._steps[provider] = Step(provider, self._weights, self._case.dtype)
         return self._steps[provider]
 
-    def _results(self, loss: Tensor, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _results(self, plain: str, loss: Tensor, learned: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, and what was learned of all parameters, each over the reference's norm."""
-        flat = [(learned[key] / norm).flatten() for key, norm in self._norms.items()]
-        return {"loss": loss.detach(), "learned": torch.cat(flat)}
+        flat = [(learned[key] / norm).flatten() for key, norm in self._norms[plain].items()]
+        return {f"{plain} loss": loss.detach(), f"{plain} learned": torch.cat(flat)}
 
 
 class Step:
@@ -150,7 +160,7 @@ class Step:
         self._parameters = weights.parameters(provider, self.network)
         self.optimizer = None
         if not provider.startswith("conv_only"):
-            self.optimizer = rivals.make_optimizer(provider, self.network)
+            self.optimizer = rivals.make_optimizer(provider, self.network, dtype)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         loss = rivals.loss_of(self._forward, images, labels, self._dtype)

@@ -84,7 +84,11 @@ def draw(found: Sequence[Row], metric: str, path: Path, line: float | None = Non
     for axes, ((case, dtype, threads), bars) in zip(every, panels.items()):
         places = range(len(bars), 0, -1)
         middles = [one.p50 for one in bars]
-        spread = [[one.p50 - one.p20 for one in bars], [one.p80 - one.p50 for one in bars]]
+        # A ratio of medians may lie outside of the pairs' ratios.
+        spread = [
+            [max(0.0, one.p50 - one.p20) for one in bars],
+            [max(0.0, one.p80 - one.p50) for one in bars],
+        ]
         axes.barh(places, middles, xerr=spread, color=BAR, error_kw={"ecolor": INK})
         axes.set_yticks(places, [one.provider for one in bars])
         axes.set_title(f"{case}, {dtype}, {threads} threads", color=INK, size=10, loc="left")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.runner import Case, Options
+from benchmarks.runner import Case
 
 OPS = ("group_norm_relu", "standardize_weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,15 +47,17 @@ class OpCase:
     quick: bool = False
 
 
-def cases(options: Options) -> list[Case]:
-    """Every op's cases, in float32 with one thread and with all cores if not asked otherwise."""
+def cases(
+    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+) -> list[Case]:
+    """All cases of the suite; `compiled` adds torch.compile's rival, `quick` leaves the few."""
     return [
-        _case(declaration, case, dtype, count, options.compiled)
+        _case(declaration, case, dtype, count, compiled)
         for declaration in map(_declaration, OPS)
         for case in declaration.CASES
-        for dtype in options.dtypes or ("float32",)
-        for count in options.threads or sorted({1, machine.cores()})
-        if case.quick or not options.quick
+        for dtype in dtypes
+        for count in threads
+        if case.quick or not quick
     ]
 
 
@@ -111,7 +113,7 @@ class OpWorkload:
             for _ in range(copies if case.direction == "backward" else 1)
         ]
 
-    def reference(self, plain: str) -> dict[str, Tensor]:
+    def reference(self) -> dict[str, Tensor]:
         inputs = [
             tensor.detach().double().contiguous().requires_grad_() for tensor in self._inputs(0)
         ]

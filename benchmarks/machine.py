@@ -126,15 +126,21 @@ class Load:
     """How many cores other processes (or the hypervisor) kept busy since this object was made."""
 
     def __init__(self):
-        self._start = time.perf_counter(), self._busy(), time.process_time()
+        self._start = time.perf_counter(), self._busy(), self._own()
 
     def others(self) -> float | None:
         """Mean number of cores in use by others, from Linux' /proc/stat; None elsewhere."""
         start, busy, own = self._start
         if busy is None:
             return None
-        ours = time.process_time() - own
+        ours = self._own() - own
         return max(0.0, (self._busy() - busy - ours) / (time.perf_counter() - start))
+
+    @staticmethod
+    def _own() -> float:
+        """Seconds on cores of this process and of its children that have ended."""
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
 
     @staticmethod
     def _busy() -> float | None:

@@ -145,7 +145,7 @@ class CsvFile:
 
 
 HEADER = (
-    f"{'provider':<26}{'ms p50':>10}{'p20':>10}{'p80':>10}{'of copy':>9}{'x limit':>9}"
+    f"{'provider':<32}{'ms p50':>10}{'p20':>10}{'p80':>10}{'of copy':>9}{'x limit':>9}"
     f"{'speedup':>9}  spread"
 )
 
@@ -162,7 +162,7 @@ def lines(result: Result) -> list[str]:
     shown = [f"{case.name}  {_circumstances(case)}{floor}{copy}"]
     for provider in case.providers:
         if provider in result.red:
-            shown.append(f"  {provider:<24}NO FIGURE: {result.red[provider]}")
+            shown.append(f"  {provider:<30}NO FIGURE: {result.red[provider]}")
         elif provider in result.seconds:
             shown.append(_line(result, provider))
     return shown
@@ -175,7 +175,7 @@ def _circumstances(case: Case | Count) -> str:
 def _line(result: Result, provider: str) -> str:
     by_metric = {f.metric: f for f in figures(result) if f.provider == provider}
     time = by_metric["time_ms"]
-    line = f"  {provider:<24}{time.p50:>10.4f}{time.p20:>10.4f}{time.p80:>10.4f}"
+    line = f"  {provider:<30}{time.p50:>10.4f}{time.p20:>10.4f}{time.p80:>10.4f}"
     ratios = [by_metric.get(metric) for metric in ("share_of_copy", "times_limit", "speedup")]
     line += "".join("-".rjust(9) if f is None else f"{f.p50:>9.2f}" for f in ratios)
     spread = ratios[1] or ratios[2]

@@ -90,7 +90,7 @@ def test_gate_refuses_wrong_rivals_and_they_get_no_row(copy):
     assert set(result.seconds) == {"close", "unfused"}
     assert {row.provider for row in report.rows(result, RUN)} == {"close", "unfused"}
     shown = "\n".join(report.lines(result))
-    assert "wrong                   NO FIGURE: output is off by 0.001" in shown
+    assert f"{'wrong':<30}NO FIGURE: output is off by 0.001" in shown
     assert "2 without a figure:" in report.summary([result])
 
 

@@ -368,3 +368,12 @@ def test_what_a_step_keeps():
     indices = 2 * 32 * 16 * 16 * 8
     total = sum(size for at, size in kept.items() if at not in own)
     assert 4 * inputs + indices <= total < 1.05 * (4 * inputs + indices)
+
+
+def test_inference_mode_gives_the_same_logits():
+    model = models.create("R26x0.25", 10, zero_head=False).eval()
+    images = torch.rand(2, 3, 65, 65) * 2 - 1
+    with torch.no_grad():
+        expected = model(images)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), expected)

@@ -21,7 +21,7 @@ from benchmarks.runner import Case, CopyLimit, Count, MatrixLimit, Result, measu
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
     # name -> module with cases(*, threads, dtypes, quick, compiled) -> list of runner.Case and
-    # runner.Count. It may have DTYPES, measured if nobody says which; draw(rows, path), or PICTURE =
+    # runner.Count. It may have MEASURED_DTYPES, if nobody says which; draw(rows, path), or PICTURE =
     # (metric, value at which a line is drawn); markdown(rows).
     "ops": "benchmarks.ops",
     "step": "benchmarks.step",
@@ -143,7 +143,7 @@ def _cases(suite: str, options: argparse.Namespace) -> list[Case | Count]:
         case
         for case in module.cases(
             threads=options.threads or sorted({*alone, machine.cores()}),
-            dtypes=options.dtype or list(getattr(module, "DTYPES", ("float32",))),
+            dtypes=options.dtype or list(getattr(module, "MEASURED_DTYPES", ("float32",))),
             quick=options.quick,
             compiled=options.compile,
             **more,

@@ -41,7 +41,7 @@ class WaitCase:
 CASES = [
     WaitCase("R50x1", 8, 224),
     WaitCase("R26x0.25", 128, 32, stem="small"),
-    WaitCase("R26x0.25", 32, 32, stem="small", quick=True),
+    WaitCase("R14x0.25", 16, 32, stem="small", quick=True),
 ]
 
 

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import rivals
+from benchmarks import rivals, timm_networks
 from benchmarks.runner import Count, Figure
 from benchmarks.step import providers
 
 MB = 1e6
 NETWORKS = ("bit", "timm", "timm_batch_norm", "eager", "batch_norm", "conv_only")
 PICTURE = ("saved_activations", None)
-DTYPES = ("float32", "bfloat16")
+MEASURED_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ CASES = [
     MemoryCase("R50x1", 1000, 4, 224, "bfloat16"),
     MemoryCase("R152x4", 21843, 8, 224),
     MemoryCase("R152x4", 21843, 8, 224, "bfloat16"),
+    MemoryCase("R50x1", 1000, 4, 224, quick=True),
     MemoryCase("R26x0.25", 10, 4, 64, runs=True, quick=True),
-    MemoryCase("R152x4", 21843, 8, 224, quick=True),
 ]
+RUN = ("bit", "timm", "timm_batch_norm", "conv_only")  # in processes of their own
 
 
 def cases(
@@ -204,8 +205,8 @@ def _batch(case: MemoryCase, provider: str) -> tuple[Tensor, Tensor]:
 
 
 def _run(case: MemoryCase, threads: int) -> Iterator[Figure]:
-    """Every provider's peak, each in a process of its own."""
-    for provider in providers(NETWORKS):
+    """The peaks of RUN's networks."""
+    for provider in providers(RUN if timm_networks.installed() else NETWORKS):
         asked = [case.name, case.classes, case.images, case.side, case.dtype]
         arguments = [provider, threads, *asked]
         done = subprocess.run(

@@ -52,14 +52,33 @@ def choose(op: str, input: Tensor, backend: str | None = None) -> str:
     if backend == "reference":
         return "reference"
     why_not = _why_not_cpp(input.device.type, input.dtype)
+    if backend is None and why_not is None and _is_small(op, input):
+        return "reference"
+    return _answer(op, backend, why_not)
+
+
+def choose_mixup(dtype: torch.dtype, backend: str | None = None) -> str:
+    """As `choose`, for the op that makes tensors of `dtype` from NumPy arrays."""
+    return _answer("mixup", backend, _why_not_mixup(dtype))
+
+
+def _why_not_mixup(dtype: torch.dtype) -> str | None:
+    if dtype not in _CPP_DTYPES:
+        return f"the CPU kernels make float32, bfloat16 and float16, not {dtype}"
+    return _library.why_not_data
+
+
+def _answer(op: str, backend: str | None, why_not: str | None) -> str:
+    if backend == "reference":
+        return "reference"
     if backend is None:
         if why_not is None:
-            return "reference" if _is_small(op, input) else "cpp"
+            return "cpp"
         if not torch.compiler.is_compiling() and (op, why_not) not in _told:
             _told.add((op, why_not))
             warnings.warn(
                 f"bit_kernels.{op} runs as plain PyTorch, without a fused kernel: {why_not}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return "reference"
     if backend not in NAMES:
@@ -84,4 +103,10 @@ def backends() -> dict[str, dict[str, str]]:
                     else f"cpp ({_library.native.isa()}), reference up to {limit} elements"
                 )
         report[op] = rows
+    report["mixup"] = {
+        f"cpu {str(dtype).removeprefix('torch.')}": "cpp"
+        if (why_not := _why_not_mixup(dtype)) is None
+        else f"reference: {why_not}"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    }
     return report

@@ -26,7 +26,9 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfBits __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t ByteBits __attribute__((vector_size(kLanes)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -74,6 +76,12 @@ inline Vec load(const float* p) {
 }
 
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+inline Vec load(const uint8_t* p) {
+  ByteBits bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vec);
+}
 
 inline Vec load(const BFloat16* p) {
   HalfBits half;

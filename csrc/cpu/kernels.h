@@ -36,4 +36,30 @@ struct Kernels {
 // The fastest build that this processor runs, chosen once.
 const Kernels& kernels();
 
+// One image where a crop of it begins: rows of `columns * channels` bytes, `stride` bytes apart.
+// A flipped one is read from right to left.
+struct MixupImage {
+  const uint8_t* corner;
+  int64_t stride;
+  bool flip;
+};
+
+// output[i] = (lam * images[i] + (1 - lam) * images[partner[i]] - centre) * scale, where centre and
+// scale hold `channels` floats and output is (samples, rows, columns, channels).
+struct MixupBatch {
+  int64_t rows, columns, channels;
+  const MixupImage* images;
+  const int64_t* partner;
+  const float* lam;
+  const float* centre;
+  const float* scale;
+  Element element;
+  void* output;
+  bool stream;  // past the caches
+};
+
+// Not among `Kernels`: mixup is in a library of its own, which takes NumPy arrays and knows nothing
+// of torch. Writes rows begin to end - 1 of all the output's samples * rows.
+using MixupRows = void(const MixupBatch&, int64_t begin, int64_t end);
+
 }  // namespace bit_kernels

@@ -93,8 +93,8 @@ def native_library(library: Path) -> str:
 def data_library(library: Path) -> str:
     import pybind11
 
-    flags = [f'-isystem "{pybind11.get_include()}"', "-pthread"]
-    return ninja_file(library, ["cpu/mixup.cpp"], "cpu/mixup_build.cpp", flags, ["-pthread"])
+    flags = [f'-isystem "{pybind11.get_include()}"']
+    return ninja_file(library, ["cpu/mixup.cpp"], "cpu/mixup_build.cpp", flags, [])
 
 
 def escape(path) -> str:

@@ -2,6 +2,7 @@
 // other files, through PyTorch's stable ABI), and it tells what it was built with.
 #include <Python.h>
 
+#include "common/parallel.h"
 #include "cpu/kernels.h"
 
 namespace {
@@ -14,9 +15,15 @@ PyObject* compiler(PyObject*, PyObject*) {
   return PyUnicode_FromString(__VERSION__);
 }
 
+// For bit_kernels._data, which knows nothing of torch.
+PyObject* parallel_for(PyObject*, PyObject*) {
+  return PyCapsule_New(reinterpret_cast<void*>(&bit_kernels::parallel_for_erased), nullptr, nullptr);
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set whose kernels this processor runs."},
     {"compiler", compiler, METH_NOARGS, "The compiler that built the library."},
+    {"parallel_for", parallel_for, METH_NOARGS, "The loop over torch's threads, in a capsule."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -9,12 +9,13 @@ Memory passes: M * h * w * C elements are read twice (once without a partner) an
 is 1 + 1 + 4 bytes an element in float32 and 1 + 1 + 2 in a half type. There is no gradient: images
 are bytes.
 
-It isn't in torch.ops: through pybind11 it takes NumPy arrays as they lie, without the GIL, on
-threads of its own, so that a data loader may call it in threads and in forked processes.
+It isn't in torch.ops: it takes NumPy arrays as they lie, by pybind11, and works without the GIL on
+torch's threads; in a forked process, which has none of the threads it was forked with, on one.
 
 Implementations: csrc/cpu/mixup.cpp, bit_kernels/reference.py.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,9 +104,19 @@ def mixup(
         *crop,
         str(dtype).removeprefix("torch."),
         out.permute(0, 2, 3, 1).reshape(-1).view(torch.uint8).numpy(),  # NumPy has no bfloat16
-        torch.get_num_threads(),
+        _parallel_for,
     )
     return out
+
+
+def _use_one_thread() -> None:
+    global _parallel_for
+    _parallel_for = None
+
+
+_parallel_for = None if _library.native is None else _library.native.parallel_for()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def _is_sequence(images: Images) -> bool:

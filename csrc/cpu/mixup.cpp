@@ -1,16 +1,16 @@
 // bit_kernels._data, the library for what takes NumPy arrays: pybind11, and nothing of torch.
-// Here are mixup's checks, its threads and its registration; the kernel is in mixup_kernel.h, the
+// Here are mixup's checks and its registration; the kernel is in mixup_kernel.h, the
 // op's definition in bit_kernels/ops/mixup.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
+#include <optional>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "../common/isa.h"
+#include "../common/parallel.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -31,8 +31,11 @@ MixupRows mixup_rows;
 
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{1} << 20;    // as in common/vec.h
-constexpr int64_t kThreadElements = int64_t{1} << 18;  // about ten times what a thread costs
+constexpr int64_t kStreamBytes = int64_t{1} << 20;  // as in common/vec.h
+
+// What bit_kernels._native lends: its loop over torch's threads (common/parallel.h). Threads of
+// this library's own would have to share the cores with torch's, which wait for work in a loop.
+using ParallelFor = void(int64_t count, void (*body)(int64_t, int64_t, void*), void* context);
 
 MixupRows* mixup_rows() {
 #if defined(__x86_64__)
@@ -41,23 +44,6 @@ MixupRows* mixup_rows() {
   if (isa == Isa::kAvx2) return avx2::mixup_rows;
 #endif
   return baseline::mixup_rows;
-}
-
-// body(begin, end) for `threads` parts of [0, count). The threads live for this call alone: a pool
-// would be missing, and waited for, in a worker process forked after its first use.
-template <class Body>
-void on_threads(int64_t count, int64_t threads, const Body& body) {
-  auto bound = [&](int64_t part) { return count / threads * part + count % threads * part / threads; };
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  int64_t part = 1;
-  try {
-    for (; part < threads; ++part) others.emplace_back(body, bound(part), bound(part + 1));
-  } catch (const std::system_error&) {  // no thread to be had: the rest is done here
-  }
-  body(0, bound(1));
-  if (part < threads) body(bound(part), count);
-  for (std::thread& thread : others) thread.join();
 }
 
 void check(bool ok, const std::string& message) {
@@ -146,7 +132,7 @@ Element element_of(const std::string& dtype) {
 void mixup(const py::object& images, const Array<int64_t>& corners, const Array<bool>& flips,
            const Array<int64_t>& partner, const Array<float>& lam, const Array<float>& centre,
            const Array<float>& scale, int64_t rows, int64_t columns, const std::string& dtype,
-           Array<uint8_t>& output, int64_t threads) {
+           Array<uint8_t>& output, const std::optional<py::capsule>& parallel_for) {
   const Images held(images);
   const int64_t samples = partner.size(), channels = centre.size();
   check(rows > 0 && columns > 0 && channels > 0, "a crop has no pixels");
@@ -173,13 +159,18 @@ void mixup(const py::object& images, const Array<int64_t>& corners, const Array<
                             element,
                             output.mutable_data(),  // raises for one that can't be written
                             nbytes >= kStreamBytes};
-  if (samples == 0) return;
-  const py::gil_scoped_release released;
   static MixupRows* const run = mixup_rows();
-  const int64_t useful = elements / kThreadElements;
-  threads = std::max<int64_t>(1, std::min({threads, useful, samples * rows}));
-  on_threads(samples * rows, threads,
-             [&](int64_t begin, int64_t end) { run(batch, begin, end); });
+  const bool parallel = parallel_for && elements >= kParallelElements;
+  auto* const loop =
+      parallel ? reinterpret_cast<ParallelFor*>(parallel_for->get_pointer<void>()) : nullptr;
+  const py::gil_scoped_release released;
+  if (!parallel) return run(batch, 0, samples * rows);
+  loop(
+      samples * rows,
+      [](int64_t begin, int64_t end, void* batch) {
+        run(*static_cast<const MixupBatch*>(batch), begin, end);
+      },
+      const_cast<MixupBatch*>(&batch));
 }
 
 }  // namespace
@@ -190,5 +181,5 @@ PYBIND11_MODULE(_data, m) {
   m.def("mixup", &bit_kernels::mixup, py::arg("images"), py::arg("corners").noconvert(),
         py::arg("flips").noconvert(), py::arg("partner").noconvert(), py::arg("lam").noconvert(),
         py::arg("centre").noconvert(), py::arg("scale").noconvert(), py::arg("rows"),
-        py::arg("columns"), py::arg("dtype"), py::arg("output").noconvert(), py::arg("threads"));
+        py::arg("columns"), py::arg("dtype"), py::arg("output").noconvert(), py::arg("parallel_for"));
 }

@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 SUITES = {
     # name -> module with cases(*, threads, dtypes, quick, compiled) -> list of runner.Case
     "ops": "benchmarks.ops",
+    "data": "benchmarks.ops.mixup",
 }
 RESERVE = 3 << 29  # bytes that the largest case takes, with rivals' leftovers and fragments
 BUSY = 0.1  # cores in use by others from which a machine isn't quiet

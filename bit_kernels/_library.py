@@ -36,7 +36,9 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 native, why_not = _load("_native")
 data, why_not_data = _load("_data")
-if native is not None and data is None:
+if native is None:  # whose threads it works on
+    data, why_not_data = None, why_not
+elif data is None:
     why_not_data = (
         "bit_kernels._data was built without pybind11 or for another Python; run: "
         f"pip install pybind11, then {_AGAIN}"

@@ -104,7 +104,7 @@ def backends() -> dict[str, dict[str, str]]:
                 )
         report[op] = rows
     report["mixup"] = {
-        f"cpu {str(dtype).removeprefix('torch.')}": "cpp"
+        f"cpu {str(dtype).removeprefix('torch.')}": f"cpp ({_library.native.isa()})"
         if (why_not := _why_not_mixup(dtype)) is None
         else f"reference: {why_not}"
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)

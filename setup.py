@@ -46,6 +46,7 @@ PLAIN_SOURCES = [
     "cpu/isa.cpp",
     "cpu/group_norm_relu.cpp",
     "cpu/norm_relu_conv.cpp",
+    "cpu/sgd.cpp",
     "cpu/standardize_weight.cpp",
 ]
 

@@ -4,6 +4,8 @@ Every kernel of this package is tested against these functions in float64, and w
 can serve a call these functions serve it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,58 @@ def norm_relu_conv(input: Tensor, norm, convs, residual: Tensor | None = None) -
     if residual is not None:
         outputs[0] = outputs[0] + residual
     return outputs
+
+
+def project_gradient(grad: Tensor, weight: Tensor, eps: float = 1e-10) -> Tensor:
+    """The gradient of a weight from that of its standardized form: standardization's backward.
+
+    rstd * (g - mean(g) - wh * mean(g * wh)) for each output channel, wh the standardized weight.
+    Half types are computed in float32.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    g, w = grad.to(wide), weight.to(wide)
+    axes = tuple(range(1, weight.dim()))
+    var, mean = torch.var_mean(w, axes, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    normal = (w - mean) * rstd
+    along = (g * normal).mean(axes, keepdim=True)
+    return (rstd * (g - g.mean(axes, keepdim=True) - normal * along)).to(grad.dtype)
+
+
+def sgd(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] = (),
+    standardized: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    fresh: bool = False,
+    project: bool = False,
+    eps: float = 1e-10,
+) -> None:
+    """torch.optim.SGD's update in place, then `standardized` made anew from the weights.
+
+    With `project` the gradients are those of `standardized`. Momenta that are fresh are set to the
+    first gradient.
+    """
+    with torch.no_grad():
+        for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+            g = project_gradient(grad, w, eps) if project else grad
+            g = -g if maximize else g
+            if weight_decay != 0:
+                g = g.add(w, alpha=weight_decay)
+            if momentum != 0:
+                m = momenta[i]
+                m.copy_(g) if fresh else m.mul_(momentum).add_(g, alpha=1 - dampening)
+                g = g.add(m, alpha=momentum) if nesterov else m
+            w.add_(g, alpha=-lr)
+            if standardized:
+                standardized[i].copy_(standardize_weight(w, eps))
 
 
 def gradients(function, inputs, grad_outputs) -> list[Tensor | None]:

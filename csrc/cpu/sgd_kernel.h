@@ -1,0 +1,229 @@
+// One step of SGD over many tensors on a CPU, with the backward of weight standardization before it
+// and the new standardized weights behind it.
+//
+// A tensor that is standardized is rows of memory, one an output channel. Its row is read once:
+//   sums of the row          -> mean, rstd, mean(g), mean(g * wh)
+//   projection, decay, momentum, the new weight and momentum
+//   statistics of the new row, and the row standardized
+// and stays in cache between these. Others are cut into lines, which need no sums.
+//
+// Memory passes: read g, w and m; write w, m and the standardized weight, nothing more.
+#pragma once
+
+#include "../common/parallel.h"
+#include "../common/vec.h"
+#include "../common/welford.h"
+#include "kernels.h"
+
+namespace bit_kernels {
+namespace BIT_KERNELS_ISA {
+namespace {
+
+// Calls body(tensor's number, first row, last row) so that each thread gets equally many elements
+// of all tensors together: the rows that begin in its share of them.
+template <class Body>
+void for_rows(const SgdTensor* tensors, int64_t count, const Body& body) {
+  int64_t total = 0;
+  for (int64_t t = 0; t < count; ++t) total += tensors[t].elements;
+  parallel_for(total, total >= kParallelElements, [&](int64_t begin, int64_t end) {
+    int64_t offset = 0;
+    for (int64_t t = 0; t < count && offset < end; ++t) {
+      const int64_t elements = tensors[t].elements, columns = tensors[t].columns;
+      auto first_row_from = [&](int64_t element) {
+        const int64_t inside = element < 0 ? 0 : element < elements ? element : elements;
+        return (inside + columns - 1) / columns;
+      };
+      if (offset + elements > begin)
+        body(t, first_row_from(begin - offset), first_row_from(end - offset));
+      offset += elements;
+    }
+  });
+}
+
+// What the backward of standardization needs of one row: moments of w, the sum of g, and the sum of
+// g * (w - mean).
+struct RowSums {
+  Moments moments;
+  double plain, centred;
+};
+
+inline RowSums merge(const RowSums& a, const RowSums& b) {
+  const Moments m = merge(a.moments, b.moments);
+  return {m, a.plain + b.plain,
+          a.centred + (a.moments.mean - m.mean) * a.plain + b.centred +
+              (b.moments.mean - m.mean) * b.plain};
+}
+
+// As chunk_moments in common/welford.h: sums about a shift near the mean, exact to few roundings.
+inline RowSums chunk_sums(const float* g, const float* w, int64_t n) {
+  constexpr int kUnroll = 2;
+  const int64_t first = n < 4 * kLanes ? n : 4 * kLanes;
+  Vec head{};
+  for_vectors(first, [&](int64_t i, auto part) { head += part.load(w + i); });
+  const float shift = sum_lanes(head) / first;
+  const Vec shifts = broadcast(shift);
+  Vec sum[kUnroll] = {}, squares[kUnroll] = {}, plain[kUnroll] = {}, centred[kUnroll] = {};
+  auto add = [&](int u, Vec gradient, Vec d) {
+    sum[u] += d;
+    squares[u] = multiply_add(d, d, squares[u]);
+    plain[u] += gradient;
+    centred[u] = multiply_add(gradient, d, centred[u]);
+  };
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
+    for (int u = 0; u < kUnroll; ++u)
+      add(u, load(g + i + u * kLanes), load(w + i + u * kLanes) - shifts);
+  for (; i + kLanes <= n; i += kLanes) add(0, load(g + i), load(w + i) - shifts);
+  if (i < n) add(0, load_first(g + i, n - i), load_first(w + i, n - i, shift) - shifts);
+  const float s = sum_lanes(sum[0] + sum[1]), q = sum_lanes(squares[0] + squares[1]);
+  const double total = sum_lanes(plain[0] + plain[1]), offset = double{s} / n;
+  const double deviations = q - s * offset;
+  return {{static_cast<double>(n), shift + offset, deviations < 0 ? 0 : deviations},
+          total,
+          sum_lanes(centred[0] + centred[1]) - offset * total};
+}
+
+// The gradient of the raw weight: rstd * (g - mean(g)) - rstd^3 * mean(g * (w - mean)) * (w - mean).
+struct Projection {
+  Vec shift, scale, slope, mean_gradient;
+
+  Projection(const float* g, const float* w, int64_t columns, double eps) {
+    RowSums all = {};
+    for (int64_t i = 0; i < columns; i += kMomentsChunk)
+      all = merge(all, chunk_sums(g + i, w + i,
+                                  columns - i < kMomentsChunk ? columns - i : kMomentsChunk));
+    const double rstd = reciprocal_root(all.moments, eps);
+    shift = broadcast(static_cast<float>(all.moments.mean));
+    scale = broadcast(static_cast<float>(rstd));
+    slope = broadcast(static_cast<float>(-rstd * rstd * rstd * all.centred / columns));
+    mean_gradient = broadcast(static_cast<float>(all.plain / columns));
+  }
+  Vec operator()(Vec gradient, Vec weight) const {
+    return multiply_add(scale, gradient - mean_gradient, slope * (weight - shift));
+  }
+};
+
+struct AsItIs {
+  Vec operator()(Vec gradient, Vec) const { return gradient; }
+};
+
+// torch.optim.SGD's rule, on vectors.
+class Rule {
+ public:
+  explicit Rule(const SgdOptions& options)
+      : options_(options),
+        decay_(broadcast(static_cast<float>(options.weight_decay))),
+        momentum_(broadcast(static_cast<float>(options.momentum))),
+        taken_(broadcast(static_cast<float>(1 - options.dampening))),
+        rate_(broadcast(static_cast<float>(-options.lr))) {}
+
+  // `n` elements, their gradients as `project` makes them.
+  template <class Project>
+  void update(const float* g, float* w, float* m, int64_t n, const Project& project) const {
+    for_vectors(n, [&](int64_t i, auto part) {
+      const Vec weight = part.load(w + i);
+      Vec step = project(part.load(g + i), weight);
+      if (options_.maximize) step = -step;
+      if (options_.weight_decay != 0) step = multiply_add(decay_, weight, step);
+      if (m != nullptr) {
+        Vec velocity = step;
+        if (!options_.fresh) velocity = multiply_add(momentum_, part.load(m + i), taken_ * step);
+        part.template store<false>(m + i, velocity);
+        step = options_.nesterov ? multiply_add(momentum_, velocity, step) : velocity;
+      }
+      part.template store<false>(w + i, multiply_add(rate_, step, weight));
+    });
+  }
+
+ private:
+  const SgdOptions& options_;
+  const Vec decay_, momentum_, taken_, rate_;
+};
+
+template <bool kStream, class T>
+void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOptions& options,
+               const Rule& rule) {
+  const int64_t columns = tensor.columns, ahead = elements_ahead<float>(columns);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* g = tensor.gradient + row * columns;
+    float* w = tensor.weight + row * columns;
+    float* m = tensor.momentum == nullptr ? nullptr : tensor.momentum + row * columns;
+    if (options.project)
+      rule.update(g, w, m, columns, Projection(g, w, columns, options.eps));
+    else
+      rule.update(g, w, m, columns, AsItIs{});
+    // The same steps as standardize_weight's, to the same bits.
+    const Moments now = moments(w, columns);
+    const Vec shift = broadcast(static_cast<float>(now.mean));
+    const Vec scale = broadcast(reciprocal_root(now, options.eps));
+    write_run<kStream>(static_cast<T*>(tensor.standardized) + row * columns, columns,
+                       [&](int64_t i, auto part) {
+                         prefetch(g + i + ahead);
+                         prefetch(w + i + ahead);
+                         return (part.load(w + i) - shift) * scale;
+                       });
+  }
+  if (kStream) finish_streaming();
+}
+
+}  // namespace
+
+void sgd(const SgdTensor* tensors, int64_t count, Element standardized,
+         const SgdOptions& options) {
+  const Rule rule(options);
+  with_element(standardized, [&](auto of) {
+    using T = typename decltype(of)::type;
+    int64_t written = 0;
+    for (int64_t t = 0; t < count; ++t)
+      if (tensors[t].standardized != nullptr) written += tensors[t].elements * sizeof(T);
+    for_rows(tensors, count, [&](int64_t t, int64_t begin, int64_t end) {
+      const SgdTensor& tensor = tensors[t];
+      if (tensor.standardized == nullptr) {
+        const int64_t first = begin * tensor.columns;
+        const int64_t last = end * tensor.columns;
+        rule.update(tensor.gradient + first, tensor.weight + first,
+                    tensor.momentum == nullptr ? nullptr : tensor.momentum + first,
+                    (last < tensor.elements ? last : tensor.elements) - first, AsItIs{});
+        return;
+      }
+      const bool whole_lines = tensor.columns * sizeof(T) % kLineBytes == 0 &&
+                               to_line(static_cast<T*>(tensor.standardized)) == 0;
+      const auto run = written >= kStreamBytes && whole_lines ? step_rows<true, T>
+                                                              : step_rows<false, T>;
+      run(tensor, begin, end, options, rule);
+    });
+  });
+}
+
+void sgd_gradient_squares(const SgdTensor* tensors, int64_t count, double eps,
+                          double* const* squares) {
+  for_rows(tensors, count, [&](int64_t t, int64_t begin, int64_t end) {
+    const int64_t columns = tensors[t].columns;
+    for (int64_t row = begin; row < end; ++row) {
+      const float* g = tensors[t].gradient + row * columns;
+      const float* w = tensors[t].weight + row * columns;
+      const Projection project(g, w, columns, eps);
+      double sum = 0;
+      for (int64_t at = 0; at < columns; at += kMomentsChunk) {
+        const int64_t end_of_chunk = columns - at < kMomentsChunk ? columns : at + kMomentsChunk;
+        Vec chunk{};
+        int64_t i = at;
+        for (; i + kLanes <= end_of_chunk; i += kLanes) {
+          const Vec gradient = project(load(g + i), load(w + i));
+          chunk = multiply_add(gradient, gradient, chunk);
+        }
+        if (i < end_of_chunk) {  // lanes beyond the row are filled with what is projected to 0
+          const int64_t left = end_of_chunk - i;
+          const Vec gradient = project(load_first(g + i, left, project.mean_gradient[0]),
+                                       load_first(w + i, left, project.shift[0]));
+          chunk = multiply_add(gradient, gradient, chunk);
+        }
+        sum += sum_lanes(chunk);
+      }
+      squares[t][row] = sum;
+    }
+  });
+}
+
+}  // namespace BIT_KERNELS_ISA
+}  // namespace bit_kernels

@@ -55,7 +55,8 @@ inline RowSums merge(const RowSums& a, const RowSums& b) {
 }
 
 // As chunk_moments in common/welford.h: sums about a shift near the mean, exact to few roundings.
-inline RowSums chunk_sums(const float* g, const float* w, int64_t n) {
+// Memory is asked meanwhile for `next`, which is read after this.
+inline RowSums chunk_sums(const float* g, const float* w, const float* next, int64_t n) {
   constexpr int kUnroll = 2;
   const int64_t first = n < 4 * kLanes ? n : 4 * kLanes;
   Vec head{};
@@ -70,9 +71,11 @@ inline RowSums chunk_sums(const float* g, const float* w, int64_t n) {
     centred[u] = multiply_add(gradient, d, centred[u]);
   };
   int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes)
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    prefetch(next + i);
     for (int u = 0; u < kUnroll; ++u)
       add(u, load(g + i + u * kLanes), load(w + i + u * kLanes) - shifts);
+  }
   for (; i + kLanes <= n; i += kLanes) add(0, load(g + i), load(w + i) - shifts);
   if (i < n) add(0, load_first(g + i, n - i), load_first(w + i, n - i, shift) - shifts);
   const float s = sum_lanes(sum[0] + sum[1]), q = sum_lanes(squares[0] + squares[1]);
@@ -87,10 +90,10 @@ inline RowSums chunk_sums(const float* g, const float* w, int64_t n) {
 struct Projection {
   Vec shift, scale, slope, mean_gradient;
 
-  Projection(const float* g, const float* w, int64_t columns, double eps) {
+  Projection(const float* g, const float* w, const float* next, int64_t columns, double eps) {
     RowSums all = {};
     for (int64_t i = 0; i < columns; i += kMomentsChunk)
-      all = merge(all, chunk_sums(g + i, w + i,
+      all = merge(all, chunk_sums(g + i, w + i, next + i,
                                   columns - i < kMomentsChunk ? columns - i : kMomentsChunk));
     const double rstd = reciprocal_root(all.moments, eps);
     shift = broadcast(static_cast<float>(all.moments.mean));
@@ -108,60 +111,67 @@ struct AsItIs {
 };
 
 // torch.optim.SGD's rule, on vectors.
-class Rule {
- public:
+struct Rule {
+  bool decays, maximize, nesterov, fresh;
+  Vec decay, momentum, taken, rate;
+
   explicit Rule(const SgdOptions& options)
-      : options_(options),
-        decay_(broadcast(static_cast<float>(options.weight_decay))),
-        momentum_(broadcast(static_cast<float>(options.momentum))),
-        taken_(broadcast(static_cast<float>(1 - options.dampening))),
-        rate_(broadcast(static_cast<float>(-options.lr))) {}
-
-  // `n` elements, their gradients as `project` makes them.
-  template <class Project>
-  void update(const float* g, float* w, float* m, int64_t n, const Project& project) const {
-    for_vectors(n, [&](int64_t i, auto part) {
-      const Vec weight = part.load(w + i);
-      Vec step = project(part.load(g + i), weight);
-      if (options_.maximize) step = -step;
-      if (options_.weight_decay != 0) step = multiply_add(decay_, weight, step);
-      if (m != nullptr) {
-        Vec velocity = step;
-        if (!options_.fresh) velocity = multiply_add(momentum_, part.load(m + i), taken_ * step);
-        part.template store<false>(m + i, velocity);
-        step = options_.nesterov ? multiply_add(momentum_, velocity, step) : velocity;
-      }
-      part.template store<false>(w + i, multiply_add(rate_, step, weight));
-    });
-  }
-
- private:
-  const SgdOptions& options_;
-  const Vec decay_, momentum_, taken_, rate_;
+      : decays(options.weight_decay != 0),
+        maximize(options.maximize),
+        nesterov(options.nesterov),
+        fresh(options.fresh),
+        decay(broadcast(static_cast<float>(options.weight_decay))),
+        momentum(broadcast(static_cast<float>(options.momentum))),
+        taken(broadcast(static_cast<float>(1 - options.dampening))),
+        rate(broadcast(static_cast<float>(-options.lr))) {}
 };
 
+// `n` elements, their gradients as `project` makes them. Memory is asked for the next ones, `ahead`.
+template <class Project>
+void update(const float* g, float* w, float* m, int64_t n, int64_t ahead, Rule rule,
+            const Project project) {
+  auto one = [=](int64_t i, auto part) {
+    const Vec weight = part.load(w + i);
+    Vec step = project(part.load(g + i), weight);
+    if (rule.maximize) step = -step;
+    if (rule.decays) step = multiply_add(rule.decay, weight, step);
+    if (m != nullptr) {
+      Vec velocity = step;
+      if (!rule.fresh)
+        velocity = multiply_add(rule.momentum, part.load(m + i), rule.taken * step);
+      part.template store<false>(m + i, velocity);
+      step = rule.nesterov ? multiply_add(rule.momentum, velocity, step) : velocity;
+    }
+    part.template store<false>(w + i, multiply_add(rule.rate, step, weight));
+  };
+  constexpr int64_t kLine = kLineBytes / sizeof(float);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    prefetch(g + i + ahead);
+    prefetch(w + i + ahead);
+    for (int64_t k = 0; k < kLine; k += kLanes) one(i + k, Whole{});
+  }
+  for_vectors(n - i, [&](int64_t k, auto part) { one(i + k, part); });
+}
+
 template <bool kStream, class T>
-void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOptions& options,
-               const Rule& rule) {
+void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOptions& options) {
   const int64_t columns = tensor.columns, ahead = elements_ahead<float>(columns);
+  const Rule rule(options);
   for (int64_t row = begin; row < end; ++row) {
     const float* g = tensor.gradient + row * columns;
     float* w = tensor.weight + row * columns;
     float* m = tensor.momentum == nullptr ? nullptr : tensor.momentum + row * columns;
     if (options.project)
-      rule.update(g, w, m, columns, Projection(g, w, columns, options.eps));
+      update(g, w, m, columns, ahead, rule, Projection(g, w, m, columns, options.eps));
     else
-      rule.update(g, w, m, columns, AsItIs{});
+      update(g, w, m, columns, ahead, rule, AsItIs{});
     // The same steps as standardize_weight's, to the same bits.
     const Moments now = moments(w, columns);
     const Vec shift = broadcast(static_cast<float>(now.mean));
     const Vec scale = broadcast(reciprocal_root(now, options.eps));
     write_run<kStream>(static_cast<T*>(tensor.standardized) + row * columns, columns,
-                       [&](int64_t i, auto part) {
-                         prefetch(g + i + ahead);
-                         prefetch(w + i + ahead);
-                         return (part.load(w + i) - shift) * scale;
-                       });
+                       [&](int64_t i, auto part) { return (part.load(w + i) - shift) * scale; });
   }
   if (kStream) finish_streaming();
 }
@@ -170,7 +180,6 @@ void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOpt
 
 void sgd(const SgdTensor* tensors, int64_t count, Element standardized,
          const SgdOptions& options) {
-  const Rule rule(options);
   with_element(standardized, [&](auto of) {
     using T = typename decltype(of)::type;
     int64_t written = 0;
@@ -181,16 +190,17 @@ void sgd(const SgdTensor* tensors, int64_t count, Element standardized,
       if (tensor.standardized == nullptr) {
         const int64_t first = begin * tensor.columns;
         const int64_t last = end * tensor.columns;
-        rule.update(tensor.gradient + first, tensor.weight + first,
-                    tensor.momentum == nullptr ? nullptr : tensor.momentum + first,
-                    (last < tensor.elements ? last : tensor.elements) - first, AsItIs{});
+        update(tensor.gradient + first, tensor.weight + first,
+               tensor.momentum == nullptr ? nullptr : tensor.momentum + first,
+               (last < tensor.elements ? last : tensor.elements) - first, 512,
+               Rule(options), AsItIs{});
         return;
       }
       const bool whole_lines = tensor.columns * sizeof(T) % kLineBytes == 0 &&
                                to_line(static_cast<T*>(tensor.standardized)) == 0;
       const auto run = written >= kStreamBytes && whole_lines ? step_rows<true, T>
                                                               : step_rows<false, T>;
-      run(tensor, begin, end, options, rule);
+      run(tensor, begin, end, options);
     });
   });
 }
@@ -202,7 +212,7 @@ void sgd_gradient_squares(const SgdTensor* tensors, int64_t count, double eps,
     for (int64_t row = begin; row < end; ++row) {
       const float* g = tensors[t].gradient + row * columns;
       const float* w = tensors[t].weight + row * columns;
-      const Projection project(g, w, columns, eps);
+      const Projection project(g, w, g, columns, eps);
       double sum = 0;
       for (int64_t at = 0; at < columns; at += kMomentsChunk) {
         const int64_t end_of_chunk = columns - at < kMomentsChunk ? columns : at + kMomentsChunk;

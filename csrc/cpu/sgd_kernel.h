@@ -48,6 +48,7 @@ struct RowSums {
 };
 
 inline RowSums merge(const RowSums& a, const RowSums& b) {
+  if (a.moments.count == 0) return b;
   const Moments m = merge(a.moments, b.moments);
   return {m, a.plain + b.plain,
           a.centred + (a.moments.mean - m.mean) * a.plain + b.centred +
@@ -90,21 +91,22 @@ inline RowSums chunk_sums(const float* g, const float* w, const float* next, int
 struct Projection {
   Vec shift, scale, slope, mean_gradient;
 
-  Projection(const float* g, const float* w, const float* next, int64_t columns, double eps) {
-    RowSums all = {};
-    for (int64_t i = 0; i < columns; i += kMomentsChunk)
-      all = merge(all, chunk_sums(g + i, w + i, next + i,
-                                  columns - i < kMomentsChunk ? columns - i : kMomentsChunk));
-    const double rstd = reciprocal_root(all.moments, eps);
-    shift = broadcast(static_cast<float>(all.moments.mean));
-    scale = broadcast(static_cast<float>(rstd));
-    slope = broadcast(static_cast<float>(-rstd * rstd * rstd * all.centred / columns));
-    mean_gradient = broadcast(static_cast<float>(all.plain / columns));
-  }
   Vec operator()(Vec gradient, Vec weight) const {
     return multiply_add(scale, gradient - mean_gradient, slope * (weight - shift));
   }
 };
+
+inline Projection projection(const float* g, const float* w, const float* next, int64_t columns,
+                             double eps) {
+  RowSums all = {};
+  for (int64_t i = 0; i < columns; i += kMomentsChunk)
+    all = merge(all, chunk_sums(g + i, w + i, next + i,
+                                columns - i < kMomentsChunk ? columns - i : kMomentsChunk));
+  const double rstd = reciprocal_root(all.moments, eps);
+  return {broadcast(static_cast<float>(all.moments.mean)), broadcast(static_cast<float>(rstd)),
+          broadcast(static_cast<float>(-rstd * rstd * rstd * all.centred / columns)),
+          broadcast(static_cast<float>(all.plain / columns))};
+}
 
 struct AsItIs {
   Vec operator()(Vec gradient, Vec) const { return gradient; }
@@ -154,24 +156,52 @@ void update(const float* g, float* w, float* m, int64_t n, int64_t ahead, Rule r
   for_vectors(n - i, [&](int64_t k, auto part) { one(i + k, part); });
 }
 
+// Rows go through each stage a few at a time: what a stage needs of one row, some sums and a root,
+// is then computed while the next row's loads are on their way.
+constexpr int64_t kBlockRows = 16, kBlockElements = 4096;
+
 template <bool kStream, class T>
 void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOptions& options) {
-  const int64_t columns = tensor.columns, ahead = elements_ahead<float>(columns);
+  const int64_t columns = tensor.columns;
+  const int64_t fitting = columns < kBlockElements ? kBlockElements / columns : 1;
+  const int64_t block = fitting < kBlockRows ? fitting : kBlockRows;
+  const int64_t ahead = columns <= 2 * kBlockElements ? block * columns : 0;
   const Rule rule(options);
-  for (int64_t row = begin; row < end; ++row) {
-    const float* g = tensor.gradient + row * columns;
-    float* w = tensor.weight + row * columns;
-    float* m = tensor.momentum == nullptr ? nullptr : tensor.momentum + row * columns;
-    if (options.project)
-      update(g, w, m, columns, ahead, rule, Projection(g, w, m, columns, options.eps));
-    else
-      update(g, w, m, columns, ahead, rule, AsItIs{});
+  float* const momentum = tensor.momentum;
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t rows = end - from < block ? end - from : block;
+    const float* g = tensor.gradient + from * columns;
+    float* w = tensor.weight + from * columns;
+    float* m = momentum == nullptr ? nullptr : momentum + from * columns;
+    T* standardized = static_cast<T*>(tensor.standardized) + from * columns;
+    if (options.project) {
+      Projection projections[kBlockRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = r * columns;
+        projections[r] = projection(g + at, w + at, m + at, columns, options.eps);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = r * columns;
+        update(g + at, w + at, m == nullptr ? nullptr : m + at, columns, ahead, rule,
+               projections[r]);
+      }
+    } else {
+      update(g, w, m, rows * columns, ahead, rule, AsItIs{});
+    }
     // The same steps as standardize_weight's, to the same bits.
-    const Moments now = moments(w, columns);
-    const Vec shift = broadcast(static_cast<float>(now.mean));
-    const Vec scale = broadcast(reciprocal_root(now, options.eps));
-    write_run<kStream>(static_cast<T*>(tensor.standardized) + row * columns, columns,
-                       [&](int64_t i, auto part) { return (part.load(w + i) - shift) * scale; });
+    float shift[kBlockRows], scale[kBlockRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      const Moments now = moments(w + r * columns, columns);
+      shift[r] = static_cast<float>(now.mean);
+      scale[r] = reciprocal_root(now, options.eps);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec shifts = broadcast(shift[r]), scales = broadcast(scale[r]);
+      const float* row = w + r * columns;
+      write_run<kStream>(standardized + r * columns, columns, [&](int64_t i, auto part) {
+        return (part.load(row + i) - shifts) * scales;
+      });
+    }
   }
   if (kStream) finish_streaming();
 }
@@ -212,7 +242,7 @@ void sgd_gradient_squares(const SgdTensor* tensors, int64_t count, double eps,
     for (int64_t row = begin; row < end; ++row) {
       const float* g = tensors[t].gradient + row * columns;
       const float* w = tensors[t].weight + row * columns;
-      const Projection project(g, w, g, columns, eps);
+      const Projection project = projection(g, w, g, columns, eps);
       double sum = 0;
       for (int64_t at = 0; at < columns; at += kMomentsChunk) {
         const int64_t end_of_chunk = columns - at < kMomentsChunk ? columns : at + kMomentsChunk;

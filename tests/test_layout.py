@@ -25,7 +25,9 @@ def test_places(op):
     assert op in backends.small_elements
     schema = (ROOT / f"bit_kernels/ops/{op}.py").read_text()
     registered = (ROOT / f"csrc/cpu/{op}.cpp").read_text()
-    for name in (op, f"{op}_backward"):
+    # An op that works in place and gives nothing back has no backward.
+    in_place = f'"{op}(Tensor(a!)' in schema
+    for name in (op,) if in_place else (op, f"{op}_backward"):
         assert f'"{name}(Tensor' in schema and f'm.impl("{name}"' in registered
 
 

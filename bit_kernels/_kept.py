@@ -123,3 +123,11 @@ def take(weight: Tensor, kept: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return kept
     return _TakeKept.apply(weight, kept)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a convolution casts `weight` to: autocast's dtype under autocast, else its own."""
+    kind = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bit_kernels import functional
-from bit_kernels._kept import KeptWeight, take
+from bit_kernels._kept import KeptWeight, compute_dtype, take
 from bit_kernels.ops.norm_relu_conv import Conv, Norm
 
 
@@ -29,10 +29,7 @@ class StdConv2d(nn.Conv2d):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = self.weight.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-        kept = self.kept_weight(dtype)
+        kept = None if self._kept is None else self.kept_weight(compute_dtype(self.weight))
         if kept is None:
             weight = functional.standardize_weight(self.weight, self.eps)
         else:

@@ -157,14 +157,14 @@ void update(const float* g, float* w, float* m, int64_t n, int64_t ahead, Rule r
 
 // Rows go through each stage a few at a time: what a stage needs of one row, some sums and a root,
 // is then computed while the next row's loads are on their way.
-constexpr int64_t kBlockRows = 16, kBlockElements = 4096;
+constexpr int64_t kBlockRows = 16, kBlockElements = 2048;
 
 template <bool kStream, class T>
 void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOptions& options) {
   const int64_t columns = tensor.columns;
   const int64_t fitting = columns < kBlockElements ? kBlockElements / columns : 1;
   const int64_t block = fitting < kBlockRows ? fitting : kBlockRows;
-  const int64_t ahead = columns <= 2 * kBlockElements ? block * columns : 0;
+  const int64_t ahead = columns <= 4 * kBlockElements ? block * columns : 0;
   const Rule rule(options);
   float* const momentum = tensor.momentum;
   for (int64_t from = begin; from < end; from += block) {

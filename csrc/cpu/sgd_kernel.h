@@ -150,6 +150,7 @@ void update(const float* g, float* w, float* m, int64_t n, int64_t ahead, Rule r
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
     prefetch(g + i + ahead);
+    prefetch(w + i + ahead);
     for (int64_t k = 0; k < kLine; k += kLanes) one(i + k, Whole{});
   }
   for_vectors(n - i, [&](int64_t k, auto part) { one(i + k, part); });
@@ -198,7 +199,6 @@ void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOpt
       const Vec shifts = broadcast(shift[r]), scales = broadcast(scale[r]);
       const float* row = w + r * columns;
       write_run<kStream>(standardized + r * columns, columns, [&](int64_t i, auto part) {
-        prefetch(row + i + ahead);
         return (part.load(row + i) - shifts) * scales;
       });
     }

@@ -38,8 +38,8 @@ class SGD(torch.optim.Optimizer):
     plain weights.
 
     Args:
-        params: tensors or parameter groups, dense and of real dtypes. float32 on the CPU runs on the
-            kernel, everything else as plain PyTorch.
+        params: tensors or parameter groups, dense and of real dtypes. float32 on the CPU runs on
+            the kernel, everything else as plain PyTorch.
         lr: learning rate; a number or a tensor of one element.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         model: whose StdConv2d layers with weights among `params` take them standardized from here.
@@ -222,7 +222,7 @@ class SGD(torch.optim.Optimizer):
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
     ) -> Tensor:
-        """torch.nn.utils.clip_grad_norm_ for all parameters, by the norm of the raw weights' gradients.
+        """torch.nn.utils.clip_grad_norm_ for all parameters, by the raw weights' gradients.
 
         Gradients of standardized weights stay what they are, scaled as the others: the projection
         is linear.

@@ -87,7 +87,8 @@ inline RowSums chunk_sums(const float* g, const float* w, const float* next, int
           sum_lanes(centred[0] + centred[1]) - offset * total};
 }
 
-// The gradient of the raw weight: rstd * (g - mean(g)) - rstd^3 * mean(g * (w - mean)) * (w - mean).
+// The gradient of the raw weight, from that of the standardized one:
+//   rstd * (g - mean(g)) - rstd^3 * mean(g * (w - mean)) * (w - mean)
 struct Projection {
   Vec shift, scale, slope, mean_gradient;
 
@@ -128,7 +129,10 @@ struct Rule {
         rate(broadcast(static_cast<float>(-options.lr))) {}
 };
 
-// `n` elements, their gradients as `project` makes them. Memory is asked for the next ones, `ahead`.
+// How far ahead memory is asked for where there are no rows, in elements.
+constexpr int64_t kLinesAhead = 512;
+
+// `n` elements, their gradients as `project` makes them. Memory is asked for those `ahead`.
 template <class Project>
 void update(const float* g, float* w, float* m, int64_t n, int64_t ahead, Rule rule,
             const Project project) {
@@ -178,7 +182,8 @@ void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOpt
       Projection projections[kBlockRows];
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * columns;
-        projections[r] = projection(g + at, w + at, m + at, columns, options.eps);
+        const float* next = m == nullptr ? g : m;
+        projections[r] = projection(g + at, w + at, next + at, columns, options.eps);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * columns;
@@ -222,7 +227,7 @@ void sgd(const SgdTensor* tensors, int64_t count, Element standardized,
         const int64_t last = end * tensor.columns;
         update(tensor.gradient + first, tensor.weight + first,
                tensor.momentum == nullptr ? nullptr : tensor.momentum + first,
-               (last < tensor.elements ? last : tensor.elements) - first, 512,
+               (last < tensor.elements ? last : tensor.elements) - first, kLinesAhead,
                Rule(options), AsItIs{});
         return;
       }

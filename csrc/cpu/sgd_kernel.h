@@ -56,8 +56,7 @@ inline RowSums merge(const RowSums& a, const RowSums& b) {
 }
 
 // As chunk_moments in common/welford.h: sums about a shift near the mean, exact to few roundings.
-// Memory is asked meanwhile for `next`, which is read after this.
-inline RowSums chunk_sums(const float* g, const float* w, const float* next, int64_t n) {
+inline RowSums chunk_sums(const float* g, const float* w, int64_t n) {
   constexpr int kUnroll = 2;
   const int64_t first = n < 4 * kLanes ? n : 4 * kLanes;
   Vec head{};
@@ -73,7 +72,6 @@ inline RowSums chunk_sums(const float* g, const float* w, const float* next, int
   };
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    prefetch(next + i);
     for (int u = 0; u < kUnroll; ++u)
       add(u, load(g + i + u * kLanes), load(w + i + u * kLanes) - shifts);
   }
@@ -97,11 +95,10 @@ struct Projection {
   }
 };
 
-inline Projection projection(const float* g, const float* w, const float* next, int64_t columns,
-                             double eps) {
+inline Projection projection(const float* g, const float* w, int64_t columns, double eps) {
   RowSums all = {};
   for (int64_t i = 0; i < columns; i += kMomentsChunk)
-    all = merge(all, chunk_sums(g + i, w + i, next + i,
+    all = merge(all, chunk_sums(g + i, w + i,
                                 columns - i < kMomentsChunk ? columns - i : kMomentsChunk));
   const double rstd = reciprocal_root(all.moments, eps);
   return {broadcast(static_cast<float>(all.moments.mean)), broadcast(static_cast<float>(rstd)),
@@ -161,7 +158,8 @@ void update(const float* g, float* w, float* m, int64_t n, int64_t ahead, Rule r
 }
 
 // Rows go through each stage a few at a time: what a stage needs of one row, some sums and a root,
-// is then computed while the next row's loads are on their way.
+// is then computed while the next row's loads are on their way. While one block is in cache, memory
+// is asked for the next: gradients and weights by the update, momenta by the last stage.
 constexpr int64_t kBlockRows = 16, kBlockElements = 2048;
 
 template <bool kStream, class T>
@@ -182,8 +180,7 @@ void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOpt
       Projection projections[kBlockRows];
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * columns;
-        const float* next = m == nullptr ? g : m;
-        projections[r] = projection(g + at, w + at, next + at, columns, options.eps);
+        projections[r] = projection(g + at, w + at, columns, options.eps);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * columns;
@@ -203,7 +200,9 @@ void step_rows(const SgdTensor& tensor, int64_t begin, int64_t end, const SgdOpt
     for (int64_t r = 0; r < rows; ++r) {
       const Vec shifts = broadcast(shift[r]), scales = broadcast(scale[r]);
       const float* row = w + r * columns;
+      const float* next = (m == nullptr ? w : m) + r * columns + ahead;
       write_run<kStream>(standardized + r * columns, columns, [&](int64_t i, auto part) {
+        prefetch(next + i);
         return (part.load(row + i) - shifts) * scales;
       });
     }
@@ -247,7 +246,7 @@ void sgd_gradient_squares(const SgdTensor* tensors, int64_t count, double eps,
     for (int64_t row = begin; row < end; ++row) {
       const float* g = tensors[t].gradient + row * columns;
       const float* w = tensors[t].weight + row * columns;
-      const Projection project = projection(g, w, g, columns, eps);
+      const Projection project = projection(g, w, columns, eps);
       double sum = 0;
       for (int64_t at = 0; at < columns; at += kMomentsChunk) {
         const int64_t end_of_chunk = columns - at < kMomentsChunk ? columns : at + kMomentsChunk;

@@ -39,6 +39,10 @@ def _why_not_cpp(op: str, device_type: str, dtype: torch.dtype) -> str | None:
 def _is_small(op: str, input: Tensor) -> bool:
     if torch.compiler.is_compiling():  # a compiled graph calls the kernel directly
         return False
+    # Without an autograd node the kernel is the faster one, and gives an evaluation the bits of the
+    # weights that bit_kernels.optim.SGD keeps.
+    if op == "standardize_weight" and not torch.is_grad_enabled():
+        return False
     limit = small_elements[op]
     return 0 < input.numel() <= (limit if input.is_contiguous() else limit // 2)
 

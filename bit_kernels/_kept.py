@@ -69,17 +69,6 @@ class KeptWeight:
         backend = choose("sgd", weight)
         return functional.standardize_weight(weight, self.eps, backend=backend)
 
-    def _place(self, weight: Tensor) -> Tensor:
-        """Where to write: the kept tensor, or a new one if it no longer suits the parameter."""
-        new = empty_output(weight).to(self._dtype or weight.dtype)
-        old = self.standardized
-        if old is None:
-            return new
-        same = (old.dtype, old.device, old.shape, old.stride()) == (
-            (new.dtype, new.device, new.shape, new.stride())
-        )
-        return old if same else new
-
     def _look(self) -> tuple[int, int, int]:
         weight, sample = self.parameter, 0
         address = weight.data_ptr()
@@ -123,11 +112,3 @@ def take(weight: Tensor, kept: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return kept
     return _TakeKept.apply(weight, kept)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """What a convolution casts `weight` to: autocast's dtype under autocast, else its own."""
-    kind = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bit_kernels import functional
-from bit_kernels._kept import KeptWeight, compute_dtype, take
+from bit_kernels._kept import KeptWeight, take
+from bit_kernels.ops._library import autocast_dtype
 from bit_kernels.ops.norm_relu_conv import Conv, Norm
 
 
@@ -29,7 +30,7 @@ class StdConv2d(nn.Conv2d):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        kept = None if self._kept is None else self.kept_weight(compute_dtype(self.weight))
+        kept = _kept_weight(self)
         if kept is None:
             weight = functional.standardize_weight(self.weight, self.eps)
         else:
@@ -122,8 +123,17 @@ def norm_relu_conv(
 
 
 def _tensors_of(conv: nn.Conv2d) -> Conv:
-    eps = conv.eps if isinstance(conv, StdConv2d) else None
-    return Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, eps)
+    eps, kept = (conv.eps, _kept_weight(conv)) if isinstance(conv, StdConv2d) else (None, None)
+    return Conv(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, eps, kept
+    )
+
+
+def _kept_weight(conv: StdConv2d) -> Tensor | None:
+    """`conv.kept_weight` in the dtype that a convolution computes in now."""
+    if conv._kept is None:
+        return None
+    return conv.kept_weight(autocast_dtype(conv.weight) or conv.weight.dtype)
 
 
 def _fusible(norm: nn.GroupNorm, *convs: nn.Conv2d | None) -> bool:

@@ -1,6 +1,7 @@
 """The optimizer is torch.optim.SGD on the same network, and safe where others touch the weights."""
 
 import copy
+import functools
 import gc
 import pickle
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bit_kernels import GroupNorm, StdConv2d, reference
+from bit_kernels import GroupNorm, StdConv2d, norm_relu_conv, reference
 from bit_kernels.optim import SGD
 
 
@@ -162,6 +163,48 @@ def test_compiled_network_trains_alike_and_follows_a_release():
     train(eager, other, 2)
     train(compiled, optimizer, 2)
     assert_same_weights(eager, model, rtol=1e-4, atol=1e-5)
+
+
+class Unit(nn.Module):
+    """A residual unit of two convolutions, their norms fused into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = (GroupNorm(4, 8, activation="relu") for _ in range(2))
+        self.conv1, self.proj = (StdConv2d(8, 8, n, padding=n // 2, bias=False) for n in (3, 1))
+        self.conv2 = StdConv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y, shortcut = norm_relu_conv(x, self.norm1, self.conv1, self.proj)
+        return norm_relu_conv(y, self.norm2, self.conv2, residual=shortcut)[0]
+
+
+@pytest.mark.parametrize("path", ["eager", "checkpoint", "compile", "autocast"])
+def test_fused_units_train_alike(path):
+    """norm_relu_conv takes kept weights, too, and hands on their gradients as they are."""
+    ends = {}
+    for dtype in (torch.float64, torch.float32):
+        for kind in (torch.optim.SGD, SGD):
+            torch.manual_seed(0)
+            model = nn.Sequential(StdConv2d(3, 8, 3), Unit(), nn.Flatten(), nn.Linear(128, 5))
+            model.to(dtype)
+            narrow = torch.bfloat16 if path == "autocast" and dtype == torch.float32 else None
+            ours = dict(model=model, decay="all", dtype=narrow) if kind is SGD else {}
+            optimizer = kind(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3, **ours)
+            forward = model
+            if path == "compile":
+                forward = torch.compile(model, backend="aot_eager")
+            elif path == "checkpoint":
+                forward = functools.partial(checkpoint, model, use_reentrant=False)
+            with torch.autocast("cpu", torch.bfloat16, enabled=path == "autocast"):
+                for batch in batches(6, dtype):
+                    optimizer.zero_grad()
+                    loss_of(forward, batch).backward()
+                    optimizer.step()
+            end = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+            ends[kind, dtype] = end
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        assert (ends[SGD, dtype] - ends[torch.optim.SGD, dtype]).abs().max() < bound
 
 
 def test_no_standardization_in_the_forward(monkeypatch):

@@ -1,8 +1,8 @@
 """Fused kernels for networks with GroupNorm and weight-standardized convolutions.
 
 `StdConv2d` and `GroupNorm` are drop-ins for nn.Conv2d and nn.GroupNorm, `norm_relu_conv` runs one
-after the other in half the memory, `functional` holds the functions beneath them, `backends()`
-tells what serves them on this machine.
+after the other and keeps only what goes in for backward, `functional` holds the functions beneath
+them, `backends()` tells what serves them on this machine.
 """
 
 from bit_kernels import functional

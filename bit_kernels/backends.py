@@ -78,10 +78,11 @@ def backends() -> dict[str, dict[str, str]]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 why_not = _why_not_cpp(device_type, dtype)
                 name = str(dtype).removeprefix("torch.")
-                rows[f"{device_type} {name}"] = (
-                    f"reference: {why_not}"
-                    if why_not is not None
-                    else f"cpp ({_library.native.isa()}), reference up to {limit} elements"
-                )
+                if why_not is not None:
+                    answer = f"reference: {why_not}"
+                else:
+                    answer = f"cpp ({_library.native.isa()})"
+                    answer += f", reference up to {limit} elements" if limit else ""
+                rows[f"{device_type} {name}"] = answer
         report[op] = rows
     return report

@@ -1,8 +1,9 @@
 """Fused kernels for networks with GroupNorm and weight-standardized convolutions.
 
 `StdConv2d` and `GroupNorm` are drop-ins for nn.Conv2d and nn.GroupNorm, `norm_relu_conv` runs one
-after the other in half the memory, `optim.SGD` is the optimizer that keeps weights standardized,
-`functional` holds the functions beneath them, `backends()` tells what serves them on this machine.
+after the other and keeps only what goes in for backward, `optim.SGD` keeps the weights standardized
+in its step, `functional` holds the functions beneath them, `backends()` tells what serves them on
+this machine.
 """
 
 from bit_kernels import functional, optim

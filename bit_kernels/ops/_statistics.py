@@ -20,6 +20,8 @@ class _Statistics(NamedTuple):
 
 def remember(tensor: Tensor, num_groups: int, eps: float, mean: Tensor, rstd: Tensor) -> None:
     """mean and rstd (N, num_groups) are those of `tensor` as it is now."""
+    if tensor.is_inference():  # it has no version, so a write in place would go unnoticed
+        return
     tensor._group_statistics = _Statistics(tensor._version, num_groups, eps, mean, rstd)
 
 

@@ -48,6 +48,8 @@ PLAIN_SOURCES = [
     "bindings.cpp",
     "cpu/isa.cpp",
     "cpu/group_norm_relu.cpp",
+    "cpu/norm_relu_conv.cpp",
+    "cpu/sgd.cpp",
     "cpu/standardize_weight.cpp",
 ]
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bit_kernels import GroupNorm, StdConv2d
+from bit_kernels import GroupNorm, StdConv2d, norm_relu_conv
 
 UNITS = {  # depth: units in block1 to block4
     14: (1, 1, 1, 1),
@@ -183,11 +183,64 @@ class Root(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images)
-        if self.pools:
-            # A border of zeros, where max_pool2d(padding=1) has one of -inf: no activation comes
-            # before the pool, so x has negative values and a zero can win.
-            x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
-        return x
+        return _max_pool(x) if self.pools else x
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    """F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2), keeping its result and indices for backward.
+
+    A border of zeros, where max_pool2d(padding=1) has one of -inf: no activation comes before the
+    pool, so x has negative values and a zero can win.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
+    return _MaxPool.apply(x)
+
+
+class _MaxPool(torch.autograd.Function):
+    WINDOW = (3, 3), (2, 2), (1, 1), (1, 1), False  # size, stride, padding, dilation, ceil_mode
+
+    @staticmethod
+    def forward(ctx, x):
+        output, indices = torch.ops.aten.max_pool2d_with_indices(x, *_MaxPool.WINDOW)
+        for border in _MaxPool.borders(x.shape, output):
+            border.clamp_(min=0)
+        ctx.save_for_backward(output, indices)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.shape = x.shape
+        ctx.layout = (
+            torch.channels_last
+            if channels_last and not x.is_contiguous()
+            else torch.contiguous_format
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        output, indices = ctx.saved_tensors
+        # A zero at the border is the border's own.
+        grad = grad.clone(memory_format=torch.preserve_format)
+        for border, values in zip(
+            _MaxPool.borders(ctx.shape, grad), _MaxPool.borders(ctx.shape, output), strict=True
+        ):
+            border.masked_fill_(values == 0, 0)
+        # The op asks the map for its shape and layout only.
+        like = torch.empty(
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout
+        )
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, like, *_MaxPool.WINDOW, indices
+        )
+
+    @staticmethod
+    def borders(shape, pooled):
+        """The outputs whose window reaches over the edge of a map of this shape."""
+        edges = [pooled[:, :, 0], pooled[:, :, :, 0]]
+        if shape[2] % 2:
+            edges.append(pooled[:, :, -1])
+        if shape[3] % 2:
+            edges.append(pooled[:, :, :, -1])
+        return edges
 
 
 class Unit(nn.Module):
@@ -206,15 +259,17 @@ class Unit(nn.Module):
         self.conv2 = StdConv2d(mid, mid, 3, stride=stride, padding=1, bias=False)
         self.norm3 = _norm(mid)
         self.conv3 = StdConv2d(mid, 4 * mid, 1, bias=False)
+        # Whatever reads the sum normalises it so.
+        self.next_norm = (_groups(4 * mid), self.norm1.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = self.norm1(x)
-        # The projection takes the activated map, the identity the raw one.
-        shortcut = x if self.proj is None else self.proj(activated)
-        y = self.conv1(activated)
-        y = self.conv2(self.norm2(y))
-        y = self.conv3(self.norm3(y))
-        return y + shortcut
+        # The projection takes the activated map, the identity (proj is None) the raw one.
+        y, shortcut = norm_relu_conv(x, self.norm1, self.conv1, self.proj)
+        (y,) = norm_relu_conv(y, self.norm2, self.conv2)
+        (y,) = norm_relu_conv(
+            y, self.norm3, self.conv3, residual=shortcut, next_norm=self.next_norm
+        )
+        return y
 
 
 def _block(units: int, channels: int, mid: int, stride: int) -> nn.Sequential:

@@ -35,6 +35,7 @@ from bit.metrics import Metrics, autocast, evaluate
 from bit.runlog import RunLog
 from bit.task import Task, check_same_classes, load_dataset, make_task
 from bit_kernels.data import mixup_cross_entropy
+from bit_kernels.optim import SGD
 
 SIGMOID_HEAD_BIAS = -10.0  # at 0, 21,843 classes would start at a loss of 21,843 ln 2 an image
 
@@ -348,16 +349,20 @@ def build(config: Config, num_classes: int) -> nn.Module:
     return model.to(settings.device, memory_format=layout)
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD whose weight decay reaches kernels (convolutions and head), not gains and biases."""
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+def make_optimizer(model: nn.Module, config: Config) -> SGD:
+    """SGD whose weight decay reaches kernels (convolutions and head), not gains and biases.
+
+    It keeps the standardized weights of the convolutions, in the dtype that they are used in.
+    """
     schedule = config.schedule
-    groups = [
-        {"params": kernels, "weight_decay": schedule.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=schedule.base_lr, momentum=schedule.momentum, fused=True)
+    return SGD(
+        model.parameters(),
+        lr=schedule.base_lr,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        model=model,
+        dtype=torch.bfloat16 if config.run.dtype == "bfloat16" else None,
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Every kernel of this package is tested against these functions in float64, and w
 can serve a call these functions serve it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,13 @@ def group_norm_relu(
     return output.relu_() if relu else output  # in place: backward needs the ReLU's output only
 
 
-def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
+def standardize_weight(
+    weight: Tensor, eps: float = 1e-10, dtype: torch.dtype | None = None
+) -> Tensor:
     """(w - mean) / sqrt(var + eps) for each output channel, with the biased variance.
 
-    Half types are computed in float32: an eps of 1e-10 is zero in float16.
+    Half types are computed in float32: an eps of 1e-10 is zero in float16. dtype is the result's,
+    None the weight's.
     """
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (C_out, C_in, *)")
@@ -38,7 +43,7 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10) -> Tensor:
         rows = rows.float()
     rows = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)[0]
     rows = rows.reshape_as(weight)
-    return rows.to(weight.dtype) if half else rows
+    return rows.to(dtype or weight.dtype) if half or dtype else rows
 
 
 def mixup(images, lam, partner, crop, corners, flips, mean, std, dtype: torch.dtype) -> Tensor:
@@ -58,13 +63,104 @@ def mixup(images, lam, partner, crop, corners, flips, mean, std, dtype: torch.dt
     return mixed.to(dtype).permute(0, 3, 1, 2)
 
 
-def gradients(function, inputs, grad_output: Tensor) -> list[Tensor | None]:
+def norm_relu_conv(input: Tensor, norm, convs, residual: Tensor | None = None) -> list[Tensor]:
+    """Each convolution of group_norm_relu(input); `residual` is added to the first's result.
+
+    norm, convs: as in bit_kernels.functional.norm_relu_conv.
+    """
+    normal = group_norm_relu(
+        input, norm.num_groups, norm.weight, norm.bias, norm.eps, relu=norm.relu
+    )
+    outputs = []
+    for conv in convs:
+        if conv is None:
+            outputs.append(input)
+            continue
+        weight = conv.weight
+        if conv.standardized is not None:
+            # Its value, and its gradient for the weight.
+            weight = conv.standardized + (weight - weight.detach())
+        elif conv.eps is not None:
+            weight = standardize_weight(weight, conv.eps)
+        bias = None if conv.bias is None else conv.bias.to(normal.dtype)
+        outputs.append(
+            torch.conv2d(
+                normal,
+                weight.to(normal.dtype),
+                bias,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+            )
+        )
+    if residual is not None:
+        outputs[0] = outputs[0] + residual
+    return outputs
+
+
+def project_gradient(grad: Tensor, weight: Tensor, eps: float = 1e-10) -> Tensor:
+    """The gradient of a weight from that of its standardized form: standardization's backward.
+
+    rstd * (g - mean(g) - wh * mean(g * wh)) for each output channel, wh the standardized weight.
+    Half types are computed in float32.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    g, w = grad.to(wide), weight.to(wide)
+    axes = tuple(range(1, weight.dim()))
+    var, mean = torch.var_mean(w, axes, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    normal = (w - mean) * rstd
+    along = (g * normal).mean(axes, keepdim=True)
+    return (rstd * (g - g.mean(axes, keepdim=True) - normal * along)).to(grad.dtype)
+
+
+def sgd(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] = (),
+    standardized: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    fresh: bool = False,
+    project: bool = False,
+    eps: float = 1e-10,
+) -> None:
+    """torch.optim.SGD's update in place, then `standardized` made anew from the weights.
+
+    With `project` the gradients are those of `standardized`. Momenta that are fresh are set to the
+    first gradient.
+    """
+    with torch.no_grad():
+        for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+            g = project_gradient(grad, w, eps) if project else grad
+            g = -g if maximize else g
+            if weight_decay != 0:
+                g = g.add(w, alpha=weight_decay)
+            if momentum != 0:
+                m = momenta[i]
+                m.copy_(g) if fresh else m.mul_(momentum).add_(g, alpha=1 - dampening)
+                g = g.add(m, alpha=momentum) if nesterov else m
+            w.add_(g, alpha=-lr)
+            if standardized:
+                standardized[i].copy_(standardize_weight(w, eps))
+
+
+def gradients(function, inputs, grad_outputs) -> list[Tensor | None]:
     """The gradients of function(*inputs), differentiable themselves.
 
-    `inputs` may hold None for an absent parameter; the gradient of what needs none is None.
+    `inputs` may hold None for an absent parameter; the gradient of what needs none is None. What
+    the function returns, and grad_outputs with it, may be a tensor or a list.
     """
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     with torch.enable_grad():
-        output = function(*inputs)
-    found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+        outputs = function(*inputs)
+    found = iter(
+        torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True)
+    )
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]

@@ -11,6 +11,6 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def empty_output(tensor: Tensor) -> Tensor:
-    """An uninitialised result of an op that keeps shape, dtype and layout."""
-    return torch.empty_like(tensor.contiguous(memory_format=memory_format(tensor)))
+def empty_output(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised result of an op that keeps shape and layout, and dtype if that is None."""
+    return torch.empty_like(tensor.contiguous(memory_format=memory_format(tensor)), dtype=dtype)

@@ -1,6 +1,7 @@
 """The namespace torch.ops.bit_kernels; each op's file defines its own schema in it."""
 
 import torch
+from torch import Tensor
 
 library = torch.library.Library("bit_kernels", "DEF")
 
@@ -18,3 +19,11 @@ def apply_node(function, *args):
     """torch.autograd.Function.apply without its look-out for torch.func, which `choose` has done:
     it costs more than a small kernel."""
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs a convolution of `tensor` in, or None where it doesn't."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

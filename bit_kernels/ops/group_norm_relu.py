@@ -6,6 +6,10 @@ arXiv 1803.08494), with the biased variance. N samples, C channels, G groups, * 
 Memory passes: 2 forward (read x, write y), 3 backward (read x and dy, write dx). Kept for backward:
 x, weight, bias and the float32 statistics (N, G); the ReLU's mask is recomputed from x.
 
+Parts that other ops are made of: group_norm_relu_apply is the forward with known statistics (2
+passes, nothing read twice), add_group_statistics a sum in place that takes its own statistics as it
+passes, and the backward adds another gradient of x, if there is one, to what it writes.
+
 Implementations: csrc/cpu/group_norm_relu.cpp, bit_kernels/reference.py.
 """
 
@@ -16,6 +20,7 @@ from bit_kernels import reference
 from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
 from bit_kernels.ops._library import REFUSALS, apply_node, call_kernel, library
+from bit_kernels.ops._statistics import recall
 
 library.define(
     "group_norm_relu(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
@@ -23,11 +28,20 @@ library.define(
 )
 library.define(
     "group_norm_relu_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, "
-    "Tensor? weight, Tensor? bias, bool relu) "
+    "Tensor? weight, Tensor? bias, bool relu, Tensor? grad_skip=None) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+library.define(
+    "group_norm_relu_apply(Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+    "bool relu) -> Tensor output"
+)
+library.define(
+    "add_group_statistics(Tensor(a!) input, Tensor other, int num_groups, float eps) "
+    "-> (Tensor mean, Tensor rstd)"
 )
 _forward_op = torch.ops.bit_kernels.group_norm_relu.default
 _backward_op = torch.ops.bit_kernels.group_norm_relu_backward.default
+_apply_op = torch.ops.bit_kernels.group_norm_relu_apply.default
 
 
 def group_norm_relu(
@@ -41,6 +55,9 @@ def group_norm_relu(
     backend: str | None = None,
 ) -> Tensor:
     """F.relu(F.group_norm(input, num_groups, weight, bias, eps)) in one pass over memory.
+
+    Where the statistics of the input are known already (`bit_kernels.norm_relu_conv` with a
+    residual takes those of its sum) they are not taken again.
 
     >>> x = torch.randn(8, 64, 56, 56).to(memory_format=torch.channels_last)
     >>> y = group_norm_relu(x, 32, torch.ones(64), torch.zeros(64))
@@ -70,14 +87,22 @@ def group_norm_relu(
             return reference.group_norm_relu(input, num_groups, weight, bias, eps, relu=relu)
         if torch.compiler.is_compiling():
             return _forward_op(input, num_groups, weight, bias, eps, relu)[0]
+        statistics = recall(input, num_groups, eps)
         if not torch.is_grad_enabled():
-            return call_kernel(_forward_op, input, num_groups, weight, bias, eps, relu)[0]
+            return _forward(input, num_groups, weight, bias, eps, relu, statistics)[0]
         # A node of our own costs less than the dispatcher's path to the same backward.
-        return apply_node(_GroupNormReLU, input, num_groups, weight, bias, eps, relu)
+        return apply_node(_GroupNormReLU, input, num_groups, weight, bias, eps, relu, statistics)
     except REFUSALS:
         # Nothing was computed; this says why in the words of this function's arguments.
         _check(input, num_groups, weight, bias)
         raise
+
+
+def _forward(input, num_groups, weight, bias, eps, relu, statistics):
+    if statistics is None:
+        return call_kernel(_forward_op, input, num_groups, weight, bias, eps, relu)
+    mean, rstd = statistics
+    return call_kernel(_apply_op, input, mean, rstd, weight, bias, relu), mean, rstd
 
 
 def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -111,14 +136,29 @@ def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
 @torch.library.register_fake("bit_kernels::group_norm_relu", lib=library)
 def _fake(input, num_groups, weight, bias, eps, relu):
     _check(input, num_groups, weight, bias)
-    statistics = input.new_empty((input.shape[0], num_groups), dtype=torch.float32)
-    return empty_output(input), statistics, torch.empty_like(statistics)
+    return empty_output(input), *empty_statistics(input, num_groups)
+
+
+def empty_statistics(input, num_groups):
+    wide = torch.promote_types(input.dtype, torch.float32)
+    mean = input.new_empty((input.shape[0], num_groups), dtype=wide)
+    return mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("bit_kernels::group_norm_relu_backward", lib=library)
-def _backward_fake(grad_output, input, mean, rstd, weight, bias, relu):
-    channels = input.new_empty((input.shape[1],), dtype=torch.float32)
+def _backward_fake(grad_output, input, mean, rstd, weight, bias, relu, grad_skip=None):
+    channels = input.new_empty((input.shape[1],), dtype=mean.dtype)
     return empty_output(input), channels, torch.empty_like(channels)
+
+
+@torch.library.register_fake("bit_kernels::group_norm_relu_apply", lib=library)
+def _apply_fake(input, mean, rstd, weight, bias, relu):
+    return empty_output(input)
+
+
+@torch.library.register_fake("bit_kernels::add_group_statistics", lib=library)
+def _add_fake(input, other, num_groups, eps):
+    return empty_statistics(input, num_groups)
 
 
 def _save(ctx, inputs, mean, rstd):
@@ -137,7 +177,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_output, *_grad_statistics):
     input, weight, bias, mean, rstd = ctx.saved_tensors
     if grad_output is None:
-        return None, None, None, None, None, None
+        return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
         grads = reference.gradients(
             lambda x, w, b: reference.group_norm_relu(
@@ -146,26 +186,29 @@ def _backward(ctx, grad_output, *_grad_statistics):
             (input, weight, bias),
             grad_output,
         )
-        return grads[0], None, grads[1], grads[2], None, None
+        return _for_inputs(ctx, *grads)
     grad_input, grad_weight, grad_bias = _backward_op(
         grad_output, input, mean, rstd, weight, bias, ctx.relu
     )
     needs = ctx.needs_input_grad
-    return (
+    return _for_inputs(
+        ctx,
         grad_input if needs[0] else None,
-        None,
         grad_weight.to(weight.dtype) if needs[2] else None,
         grad_bias.to(bias.dtype) if needs[3] else None,
-        None,
-        None,
     )
+
+
+def _for_inputs(ctx, grad_input, grad_weight, grad_bias):
+    rest = (None,) * (len(ctx.needs_input_grad) - 4)
+    return grad_input, None, grad_weight, grad_bias, *rest
 
 
 class _GroupNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        output, mean, rstd = call_kernel(_forward_op, *inputs)
-        _save(ctx, inputs, mean, rstd)
+        output, mean, rstd = _forward(*inputs)
+        _save(ctx, inputs[:-1], mean, rstd)
         return output
 
     backward = staticmethod(_backward)
@@ -176,53 +219,74 @@ torch.library.register_autograd(
 )
 
 
-# Where no kernel is registered for a device, the op itself still runs.
+# Where no kernel is registered for a device, the op itself still runs; statistics are float32, or
+# float64 for float64.
 
 
-def _plain(input, num_groups, weight, bias, eps, relu):
+def plain_statistics(input: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and rstd (N, G) of the groups of an input (N, C, *)."""
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     groups = wide.reshape(input.shape[0], num_groups, -1)
     var, mean = torch.var_mean(groups, 2, correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def plain(input, num_groups, weight, bias, eps, relu):
     output = reference.group_norm_relu(input, num_groups, weight, bias, eps, relu=relu)
-    return (
-        empty_output(input).copy_(output),
-        mean.to(torch.float32),
-        torch.rsqrt(var + eps).to(torch.float32),
-    )
+    return empty_output(input).copy_(output), *plain_statistics(input, num_groups, eps)
 
 
-def _plain_backward(grad_output, input, mean, rstd, weight, bias, relu):
-    channels = input.shape[1]
-    wide = torch.promote_types(input.dtype, torch.float32)
-    shape = (1, channels) + (1,) * (input.dim() - 2)
+class _Plain:
+    """The input normalised with given statistics, and what its gradients are made of."""
 
-    def expand(statistic):
-        per_channel = statistic.to(wide).repeat_interleave(channels // mean.shape[1], dim=1)
-        return per_channel.reshape(input.shape[0], *shape[1:])
+    def __init__(self, input, mean, rstd, weight, bias):
+        self.wide = torch.promote_types(input.dtype, torch.float32)
+        self.mean, self.shape = mean, input.shape
+        channels = (1, input.shape[1]) + (1,) * (input.dim() - 2)
+        self.rstd = self.expand(rstd)
+        self.normal = (input.to(self.wide) - self.expand(mean)) * self.rstd
+        self.scale = 1 if weight is None else weight.to(self.wide).reshape(channels)
+        self.shift = 0 if bias is None else bias.to(self.wide).reshape(channels)
 
-    scale = 1 if weight is None else weight.to(wide).reshape(shape)
-    shift = 0 if bias is None else bias.to(wide).reshape(shape)
-    centred = input.to(wide) - expand(mean)
-    normal = centred * expand(rstd)
-    grad = grad_output.to(wide)
+    def expand(self, statistic):
+        width = self.shape[1] // self.mean.shape[1]
+        per_channel = statistic.to(self.wide).repeat_interleave(width, dim=1)
+        return per_channel.reshape(*self.shape[:2], *(1 for _ in self.shape[2:]))
+
+    def group_mean(self, tensor):
+        return self.expand(tensor.reshape(*self.mean.shape, -1).mean(2))
+
+
+def plain_apply(input, mean, rstd, weight, bias, relu):
+    of = _Plain(input, mean, rstd, weight, bias)
+    output = of.normal * of.scale + of.shift
+    return empty_output(input).copy_(output.relu_() if relu else output)
+
+
+def plain_add(input, other, num_groups, eps):
+    input.add_(other)
+    return plain_statistics(input, num_groups, eps)
+
+
+def plain_backward(grad_output, input, mean, rstd, weight, bias, relu, grad_skip=None):
+    of = _Plain(input, mean, rstd, weight, bias)
+    grad = grad_output.to(of.wide)
     if relu:
-        grad = torch.where(normal * scale + shift <= 0, 0, grad)
+        grad = torch.where(of.normal * of.scale + of.shift <= 0, 0, grad)
     axes = [d for d in range(input.dim()) if d != 1]
-    grad_weight, grad_bias = (grad * normal).sum(axes), grad.sum(axes)
-    grad_normal = grad * scale
-
-    def group_mean(tensor):
-        return expand(tensor.reshape(input.shape[0], mean.shape[1], -1).mean(2))
-
-    grad_input = expand(rstd) * (
-        grad_normal - group_mean(grad_normal) - normal * group_mean(grad_normal * normal)
+    grad_weight, grad_bias = (grad * of.normal).sum(axes), grad.sum(axes)
+    grad_normal = grad * of.scale
+    grad_input = of.rstd * (
+        grad_normal
+        - of.group_mean(grad_normal)
+        - of.normal * of.group_mean(grad_normal * of.normal)
     )
-    return (
-        empty_output(input).copy_(grad_input),
-        grad_weight.to(torch.float32),
-        grad_bias.to(torch.float32),
-    )
+    if grad_skip is not None:
+        grad_input += grad_skip
+    return empty_output(input).copy_(grad_input), grad_weight, grad_bias
 
 
-library.impl("group_norm_relu", _plain, "CompositeExplicitAutograd")
-library.impl("group_norm_relu_backward", _plain_backward, "CompositeExplicitAutograd")
+library.impl("group_norm_relu", plain, "CompositeExplicitAutograd")
+library.impl("group_norm_relu_apply", plain_apply, "CompositeExplicitAutograd")
+library.impl("add_group_statistics", plain_add, "CompositeExplicitAutograd")
+library.impl("group_norm_relu_backward", plain_backward, "CompositeExplicitAutograd")

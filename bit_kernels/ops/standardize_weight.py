@@ -18,7 +18,8 @@ from bit_kernels.ops._layout import empty_output
 from bit_kernels.ops._library import REFUSALS, apply_node, call_kernel, library
 
 library.define(
-    "standardize_weight(Tensor weight, float eps) -> (Tensor output, Tensor mean, Tensor rstd)"
+    "standardize_weight(Tensor weight, float eps, ScalarType? dtype=None) "
+    "-> (Tensor output, Tensor mean, Tensor rstd)"
 )
 library.define(
     "standardize_weight_backward(Tensor grad_output, Tensor weight, Tensor mean, Tensor rstd) "
@@ -28,7 +29,13 @@ _forward_op = torch.ops.bit_kernels.standardize_weight.default
 _backward_op = torch.ops.bit_kernels.standardize_weight_backward.default
 
 
-def standardize_weight(weight: Tensor, eps: float = 1e-10, *, backend: str | None = None) -> Tensor:
+def standardize_weight(
+    weight: Tensor,
+    eps: float = 1e-10,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Each output channel's kernel with mean 0 and variance 1.
 
     >>> w = standardize_weight(torch.randn(64, 3, 7, 7))
@@ -37,48 +44,62 @@ def standardize_weight(weight: Tensor, eps: float = 1e-10, *, backend: str | Non
 
     Args:
         weight: (C_out, C_in, *kernel), floating, contiguous or channels_last (anything else is
-            copied first). Keep it in float32 and cast the result: half types lose small kernels.
+            copied first). Keep it in float32: half types lose small kernels.
         eps: added to the variance, inside the root.
+        dtype: of the result, the weight's if None; a float32 weight may give a half type.
         backend: None chooses; "cpp" or "reference" insists.
 
     Returns:
-        The weight's shape, dtype and layout.
+        The weight's shape and layout.
 
     Deterministic: the same input gives the same bits, whatever the number of threads. Statistics
     are float32 or wider. Double backward runs as plain PyTorch.
 
     Raises:
-        ValueError: the weight's shape or dtype is none of these.
+        ValueError: the weight's shape or a dtype is none of these.
     """
     try:
         if choose("standardize_weight", weight, backend) == "reference":
-            return reference.standardize_weight(weight, eps)
+            _check_dtype(weight, dtype)
+            return reference.standardize_weight(weight, eps, dtype)
         if torch.compiler.is_compiling():
-            return _forward_op(weight, eps)[0]
+            return _forward_op(weight, eps, dtype)[0]
         if not torch.is_grad_enabled():
-            return call_kernel(_forward_op, weight, eps)[0]
+            return call_kernel(_forward_op, weight, eps, dtype)[0]
         # A node of our own costs less than the dispatcher's path to the same backward.
-        return apply_node(_StandardizeWeight, weight, eps)
+        return apply_node(_StandardizeWeight, weight, eps, dtype)
     except REFUSALS:
         # Nothing was computed; this says why in the words of this function's arguments.
-        _check(weight)
+        _check(weight, dtype)
         raise
 
 
-def _check(weight: Tensor) -> None:
+def _check_dtype(weight: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, weight.dtype) and not (
+        weight.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"dtype is {dtype}; with a weight of {weight.dtype} it may be None or that"
+            + (", or a half type" if weight.dtype == torch.float32 else "")
+        )
+
+
+def _check(weight: Tensor, dtype: torch.dtype | None = None) -> None:
     if not weight.is_floating_point():
         raise ValueError(f"weight has dtype {weight.dtype}; it may be a floating dtype")
     if weight.dim() < 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; it must be (C_out, C_in, *kernel)"
         )
+    _check_dtype(weight, dtype)
 
 
 @torch.library.register_fake("bit_kernels::standardize_weight", lib=library)
-def _fake(weight, eps):
-    _check(weight)
-    statistics = weight.new_empty((weight.shape[0],), dtype=torch.float32)
-    return empty_output(weight), statistics, torch.empty_like(statistics)
+def _fake(weight, eps, dtype=None):
+    _check(weight, dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    mean = weight.new_empty((weight.shape[0],), dtype=wide)
+    return empty_output(weight, dtype), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("bit_kernels::standardize_weight_backward", lib=library)
@@ -87,7 +108,7 @@ def _backward_fake(grad_output, weight, mean, rstd):
 
 
 def _save(ctx, inputs, mean, rstd):
-    weight, eps = inputs
+    weight, eps, _ = inputs
     ctx.save_for_backward(weight, mean, rstd)
     ctx.eps = eps
 
@@ -102,13 +123,15 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_output, *_grad_statistics):
     weight, mean, rstd = ctx.saved_tensors
     if grad_output is None:
-        return None, None
+        return None, None, None
     if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
         (grad,) = reference.gradients(
-            lambda w: reference.standardize_weight(w, ctx.eps), (weight,), grad_output
+            lambda w: reference.standardize_weight(w, ctx.eps, grad_output.dtype),
+            (weight,),
+            grad_output,
         )
-        return grad, None
-    return _backward_op(grad_output, weight, mean, rstd), None
+        return grad, None, None
+    return _backward_op(grad_output, weight, mean, rstd), None, None
 
 
 class _StandardizeWeight(torch.autograd.Function):
@@ -129,18 +152,14 @@ torch.library.register_autograd(
 # Where no kernel is registered for a device, the op itself still runs.
 
 
-def _plain(weight, eps):
+def plain(weight, eps, dtype=None):
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
     var, mean = torch.var_mean(wide, 1, correction=0)
-    output = reference.standardize_weight(weight, eps)
-    return (
-        empty_output(weight).copy_(output),
-        mean.to(torch.float32),
-        torch.rsqrt(var + eps).to(torch.float32),
-    )
+    output = reference.standardize_weight(weight, eps, dtype)
+    return empty_output(weight, dtype).copy_(output), mean, torch.rsqrt(var + eps)
 
 
-def _plain_backward(grad_output, weight, mean, rstd):
+def plain_backward(grad_output, weight, mean, rstd):
     wide = torch.promote_types(weight.dtype, torch.float32)
     shape = (-1,) + (1,) * (weight.dim() - 1)
     axes = tuple(range(1, weight.dim()))
@@ -151,5 +170,5 @@ def _plain_backward(grad_output, weight, mean, rstd):
     return empty_output(weight).copy_(scale * (grad - plain - normal * along))
 
 
-library.impl("standardize_weight", _plain, "CompositeExplicitAutograd")
-library.impl("standardize_weight_backward", _plain_backward, "CompositeExplicitAutograd")
+library.impl("standardize_weight", plain, "CompositeExplicitAutograd")
+library.impl("standardize_weight_backward", plain_backward, "CompositeExplicitAutograd")

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -30,14 +31,19 @@ inline Element element_of(const char* op, const char* name, const Tensor& tensor
                   " has a dtype without a CPU kernel; it may be float32, bfloat16 or float16");
 }
 
-inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == like.scalar_type(), op, ": ", name,
-                  " differs from the input in device or dtype");
+inline void check_shape(const char* op, const char* name, const Tensor& tensor,
+                        const Tensor& like) {
   STD_TORCH_CHECK(tensor.dim() == like.dim(), op, ": ", name, " has ", tensor.dim(),
                   " dimensions, the input ", like.dim());
   for (int64_t d = 0; d < like.dim(); ++d)
     STD_TORCH_CHECK(tensor.size(d) == like.size(d), op, ": ", name, " has size ", tensor.size(d),
                     " in dimension ", d, ", the input ", like.size(d));
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == like.scalar_type(), op, ": ", name,
+                  " differs from the input in device or dtype");
+  check_shape(op, name, tensor, like);
 }
 
 inline void check_statistics(const char* op, const char* name, const Tensor& tensor,
@@ -55,6 +61,20 @@ inline MemoryFormat memory_format(const Tensor& input) {
   if ((dims == 4 || dims == 5) && !input.is_contiguous() && input.stride(1) == 1)
     return dims == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
   return MemoryFormat::Contiguous;
+}
+
+// Calls an op of PyTorch's own that has one result.
+template <class... Arguments>
+Tensor call_aten(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack = {torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// An uninitialised tensor of the shape and strides of `tensor`, in another dtype.
+inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  return call_aten("aten::empty_like", "", tensor, std::optional(dtype), std::nullopt, std::nullopt,
+                   std::nullopt, std::nullopt);
 }
 
 inline Tensor empty_floats(std::vector<int64_t> size) {

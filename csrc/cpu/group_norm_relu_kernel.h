@@ -2,6 +2,8 @@
 //
 //   y = max(0, (x - mean) * rstd * weight + bias)       (the max only with relu)
 //
+// Statistics may be known beforehand: a residual sum takes those of its result as it passes.
+//
 // What is normalised together is read twice, the second time from cache where it fits: 2 passes
 // over memory forward (read x, write y), 3 backward (read x and dy, write dx). The ReLU's mask is
 // recomputed from x by the formula of the forward.
@@ -10,6 +12,8 @@
 // order, so that any number of threads gives the same bits. Threads take whole groups (samples
 // in channels_last) as far as these divide evenly, and share the chunks of those that are left.
 #pragma once
+
+#include <type_traits>
 
 #include "../common/parallel.h"
 #include "../common/vec.h"
@@ -86,60 +90,83 @@ struct Contiguous {
     for (int64_t c = 0; c < width; ++c) body(Channel{first + c, in_sample + c, group});
   }
 
+  // A run of one channel's output.
+  template <bool kStream>
+  void apply(Channel c, int64_t begin, int64_t end, const T* x, const float* mean,
+             const float* rstd, const float* weight, const float* bias, T* y) const {
+    const Affine f = affine(c, mean, rstd, weight, bias, Floor(shape.relu));
+    const T* in = x + c.channel * shape.pixels + begin;
+    write_run<kStream>(y + c.channel * shape.pixels + begin, end - begin, [&](int64_t i, auto part) {
+      prefetch(in + i + ahead);
+      return f.output(part.load(in + i));
+    });
+  }
+
+  // The output of the groups from `first` on, whose statistics are known.
+  template <bool kStream>
+  void apply_from(int64_t first, const T* x, const float* mean, const float* rstd,
+                  const float* weight, const float* bias, T* y) const {
+    const int64_t channels = (shape.samples * shape.groups - first) * width;
+    const int64_t runs = divide_up(shape.pixels, kMomentsChunk);
+    parallel_for(channels * runs, channels * shape.pixels >= kParallelElements,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t start = i % runs * kMomentsChunk;
+                     apply<kStream>(channel_of(first * width + i / runs), start,
+                                    minimum(start + kMomentsChunk, shape.pixels), x, mean, rstd,
+                                    weight, bias, y);
+                   }
+                   if (kStream) finish_streaming();
+                 });
+  }
+
+  // The statistics of the groups from `first` on. before(begin, end) is called for the elements
+  // that are about to be read.
+  template <class Before>
+  void statistics_from(int64_t first, const T* x, double eps, float* mean, float* rstd,
+                       const Before& before) const {
+    const int64_t count = shape.samples * shape.groups - first;
+    const int64_t chunks = divide_up(size, kMomentsChunk);
+    Moments* part = new Moments[count * chunks];
+    parallel_for(count * chunks, count * size >= kParallelElements,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t start = i % chunks * kMomentsChunk;
+                     const int64_t at = (first + i / chunks) * size + start;
+                     const int64_t n = minimum(kMomentsChunk, size - start);
+                     before(at, at + n);
+                     part[i] = chunk_moments(x + at, n);
+                   }
+                 });
+    for (int64_t group = 0; group < count; ++group) {
+      Moments all = {0, 0, 0};
+      for (int64_t k = 0; k < chunks; ++k) all = merge(all, part[group * chunks + k]);
+      mean[first + group] = static_cast<float>(all.mean);
+      rstd[first + group] = reciprocal_root(all, eps);
+    }
+    delete[] part;
+  }
+
   template <bool kStream>
   void forward(const T* x, const float* weight, const float* bias, double eps, T* y, float* mean,
                float* rstd) const {
-    const Floor floor(shape.relu);
-    auto apply = [&](Channel c, int64_t begin, int64_t end) {
-      const Affine f = affine(c, mean, rstd, weight, bias, floor);
-      const T* in = x + c.channel * shape.pixels + begin;
-      write_run<kStream>(y + c.channel * shape.pixels + begin, end - begin,
-                         [&](int64_t i, auto part) {
-                           prefetch(in + i + ahead);
-                           return f.output(part.load(in + i));
-                         });
-    };
-    auto keep = [&](int64_t group, const Moments& m) {
-      mean[group] = static_cast<float>(m.mean);
-      rstd[group] = reciprocal_root(m, eps);
-    };
-
     const int64_t groups = shape.samples * shape.groups;
     const bool parallel = groups * size >= kParallelElements;
     const int64_t whole = whole_units(groups, parallel);
     parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        keep(group, moments(x + group * size, size));
-        for_channels(group, [&](Channel c) { apply(c, 0, shape.pixels); });
+        const Moments m = moments(x + group * size, size);
+        mean[group] = static_cast<float>(m.mean);
+        rstd[group] = reciprocal_root(m, eps);
+        for_channels(group, [&](Channel c) {
+          apply<kStream>(c, 0, shape.pixels, x, mean, rstd, weight, bias, y);
+        });
       }
       if (kStream) finish_streaming();
     });
-
-    const int64_t rest = groups - whole, chunks = divide_up(size, kMomentsChunk);
-    if (rest == 0) return;
-    Moments* part = new Moments[rest * chunks];
-    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t start = i % chunks * kMomentsChunk;
-        part[i] = chunk_moments(x + (whole + i / chunks) * size + start,
-                                minimum(kMomentsChunk, size - start));
-      }
-    });
-    for (int64_t group = 0; group < rest; ++group) {
-      Moments all = {0, 0, 0};
-      for (int64_t k = 0; k < chunks; ++k) all = merge(all, part[group * chunks + k]);
-      keep(whole + group, all);
-    }
-    delete[] part;
-    const int64_t runs = divide_up(shape.pixels, kMomentsChunk);
-    parallel_for(rest * width * runs, parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t start = i % runs * kMomentsChunk;
-        apply(channel_of(whole * width + i / runs), start,
-              minimum(start + kMomentsChunk, shape.pixels));
-      }
-      if (kStream) finish_streaming();
-    });
+    if (whole == groups) return;
+    statistics_from(whole, x, eps, mean, rstd, [](int64_t, int64_t) {});
+    apply_from<kStream>(whole, x, mean, rstd, weight, bias, y);
   }
 
   // sum(g) and sum(g * (x - mean)) over a run.
@@ -172,9 +199,10 @@ struct Contiguous {
   }
 
   // sums: (samples, 2, channels), sum(g) and sum(g * (x - mean)) of each channel.
-  template <bool kStream>
+  template <bool kStream, bool kSkip>
   void backward(const T* dy, const T* x, const float* mean, const float* rstd,
-                const float* weight, const float* bias, T* dx, double* channel_sums) const {
+                const float* weight, const float* bias, const T* skip, T* dx,
+                double* channel_sums) const {
     const int64_t runs = divide_up(shape.pixels, kMomentsChunk);
     const Floor floor(shape.relu);
     auto run_sums = [&](Channel c, int64_t run) {
@@ -204,7 +232,8 @@ struct Contiguous {
       write_run<kStream>(dx + at, end - begin, [&](int64_t i, auto part) {
         prefetch(x + at + i + ahead);
         prefetch(dy + at + i + ahead);
-        return f.input(part.load(x + at + i), part.load(dy + at + i));
+        const Vec g = f.input(part.load(x + at + i), part.load(dy + at + i));
+        return kSkip ? g + part.load(skip + at + i) : g;
       });
     };
 
@@ -365,27 +394,73 @@ struct ChannelsLast {
             part.load(parameters + 2 * channels + c), floor.value};
   }
 
+  // The output of chunk k of sample n.
+  template <bool kStream>
+  void apply(int64_t n, int64_t k, const T* x, const float* parameters, T* y) const {
+    const Floor floor(shape.relu);
+    const int64_t at = (n * shape.pixels + k * chunk) * channels;
+    walk(chunk_size(k), [&](int64_t c, auto part, int64_t i) {
+      const Affine f = affine(parameters, c, part, floor);
+      part.template store<kStream>(y + at + i, f.output(part.load(x + at + i)));
+    });
+  }
+
+  // The output of the samples from `first` on, whose statistics are known.
+  template <bool kStream>
+  void apply_from(int64_t first, const T* x, const float* mean, const float* rstd,
+                  const float* weight, const float* bias, T* y) const {
+    const int64_t count = (shape.samples - first) * chunks;
+    const bool parallel = (shape.samples - first) * channels * shape.pixels >= kParallelElements;
+    parallel_for(count, parallel, [&](int64_t begin, int64_t end) {
+      Scratch parameters(3 * channels);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = first + i / chunks;
+        if (i == begin || i % chunks == 0)
+          fill_affine(mean + n * shape.groups, rstd + n * shape.groups, weight, bias,
+                      parameters.data);
+        apply<kStream>(n, i % chunks, x, parameters.data, y);
+      }
+      if (kStream) finish_streaming();
+    });
+  }
+
+  // part: one Moments a group for each chunk of a sample.
+  void combine(const Moments* part, double eps, float* mean, float* rstd) const {
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      Moments all = {0, 0, 0};
+      for (int64_t k = 0; k < chunks; ++k) all = merge(all, part[k * shape.groups + g]);
+      mean[g] = static_cast<float>(all.mean);
+      rstd[g] = reciprocal_root(all, eps);
+    }
+  }
+
+  // The statistics of the samples from `first` on. before(begin, end) is called for the elements
+  // that are about to be read.
+  template <class Before>
+  void statistics_from(int64_t first, const T* x, double eps, float* mean, float* rstd,
+                       const Before& before) const {
+    const int64_t count = shape.samples - first, groups = shape.groups;
+    Moments* part = new Moments[count * chunks * groups];
+    parallel_for(count * chunks, count * channels * shape.pixels >= kParallelElements,
+                 [&](int64_t begin, int64_t end) {
+                   Scratch scratch(5 * channels);
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t n = first + i / chunks, k = i % chunks;
+                     const int64_t at = (n * shape.pixels + k * chunk) * channels;
+                     before(at, at + chunk_size(k) * channels);
+                     chunk_moments_of(x + at, chunk_size(k), scratch.data, part + i * groups);
+                   }
+                 });
+    for (int64_t n = 0; n < count; ++n)
+      combine(part + n * chunks * groups, eps, mean + (first + n) * groups,
+              rstd + (first + n) * groups);
+    delete[] part;
+  }
+
   template <bool kStream>
   void forward(const T* x, const float* weight, const float* bias, double eps, T* y, float* mean,
                float* rstd) const {
     const int64_t sample_size = channels * shape.pixels, groups = shape.groups;
-    const Floor floor(shape.relu);
-    auto combine = [&](int64_t n, const Moments* part) {
-      for (int64_t g = 0; g < groups; ++g) {
-        Moments all = {0, 0, 0};
-        for (int64_t k = 0; k < chunks; ++k) all = merge(all, part[k * groups + g]);
-        mean[n * groups + g] = static_cast<float>(all.mean);
-        rstd[n * groups + g] = reciprocal_root(all, eps);
-      }
-    };
-    auto apply = [&](int64_t n, int64_t k, const float* parameters) {
-      const int64_t at = n * sample_size + k * chunk * channels;
-      walk(chunk_size(k), [&](int64_t c, auto part, int64_t i) {
-        const Affine f = affine(parameters, c, part, floor);
-        part.template store<kStream>(y + at + i, f.output(part.load(x + at + i)));
-      });
-    };
-
     const bool parallel = shape.samples * sample_size >= kParallelElements;
     const int64_t whole = whole_units(shape.samples, parallel);
     parallel_for(whole, parallel, [&](int64_t begin, int64_t end) {
@@ -395,36 +470,17 @@ struct ChannelsLast {
         for (int64_t k = 0; k < chunks; ++k)
           chunk_moments_of(x + n * sample_size + k * chunk * channels, chunk_size(k),
                            scratch.data, part + k * groups);
-        combine(n, part);
+        combine(part, eps, mean + n * groups, rstd + n * groups);
         fill_affine(mean + n * groups, rstd + n * groups, weight, bias, scratch.data);
         // Backwards: what was read last is still in the cache.
-        for (int64_t k = chunks - 1; k >= 0; --k) apply(n, k, scratch.data);
+        for (int64_t k = chunks - 1; k >= 0; --k) apply<kStream>(n, k, x, scratch.data, y);
       }
       delete[] part;
       if (kStream) finish_streaming();
     });
-
-    const int64_t rest = shape.samples - whole;
-    if (rest == 0) return;
-    Moments* part = new Moments[rest * chunks * groups];
-    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
-      Scratch scratch(5 * channels);
-      for (int64_t i = begin; i < end; ++i)
-        chunk_moments_of(x + (whole + i / chunks) * sample_size + i % chunks * chunk * channels,
-                         chunk_size(i % chunks), scratch.data, part + i * groups);
-    });
-    for (int64_t n = 0; n < rest; ++n) combine(whole + n, part + n * chunks * groups);
-    delete[] part;
-    parallel_for(rest * chunks, parallel, [&](int64_t begin, int64_t end) {
-      Scratch parameters(3 * channels);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = whole + i / chunks;
-        if (i == begin || i % chunks == 0)
-          fill_affine(mean + n * groups, rstd + n * groups, weight, bias, parameters.data);
-        apply(n, i % chunks, parameters.data);
-      }
-      if (kStream) finish_streaming();
-    });
+    if (whole == shape.samples) return;
+    statistics_from(whole, x, eps, mean, rstd, [](int64_t, int64_t) {});
+    apply_from<kStream>(whole, x, mean, rstd, weight, bias, y);
   }
 
   // total: 2 * channels, sum(g) and sum(g * (x - mean)) over the pixels of a chunk.
@@ -438,9 +494,10 @@ struct ChannelsLast {
     });
   }
 
-  template <bool kStream>
+  template <bool kStream, bool kSkip>
   void backward(const T* dy, const T* x, const float* mean, const float* rstd,
-                const float* weight, const float* bias, T* dx, double* channel_sums) const {
+                const float* weight, const float* bias, const T* skip, T* dx,
+                double* channel_sums) const {
     const int64_t sample_size = channels * shape.pixels, groups = shape.groups;
     const Floor floor(shape.relu);
     // parameters: 5 * channels; the last two of them are filled here.
@@ -466,8 +523,8 @@ struct ChannelsLast {
         const Gradient f = {affine(parameters, c, part, floor),
                             part.load(parameters + 3 * channels + c),
                             part.load(parameters + 4 * channels + c)};
-        part.template store<kStream>(dx + at + i,
-                                     f.input(part.load(x + at + i), part.load(dy + at + i)));
+        const Vec g = f.input(part.load(x + at + i), part.load(dy + at + i));
+        part.template store<kStream>(dx + at + i, kSkip ? g + part.load(skip + at + i) : g);
       });
     };
 
@@ -537,31 +594,29 @@ bool streams(const GroupNormShape& shape, const T* output) {
   return !shape.channels_last && run >= 128 * kLineBytes;
 }
 
-template <class T>
-void forward(const GroupNormShape& shape, const T* x, const float* weight, const float* bias,
-             double eps, T* y, float* mean, float* rstd) {
+// Calls body(kernel, stream) with the kernel of the shape's layout and whether it streams.
+template <class T, class Body>
+void with_kernel(const GroupNormShape& shape, const T* output, const Body& body) {
   auto run = [&](auto kernel) {
-    if (streams(shape, y))
-      kernel.template forward<true>(x, weight, bias, eps, y, mean, rstd);
+    if (streams(shape, output))
+      body(kernel, std::true_type{});
     else
-      kernel.template forward<false>(x, weight, bias, eps, y, mean, rstd);
+      body(kernel, std::false_type{});
   };
   shape.channels_last ? run(ChannelsLast<T>{shape}) : run(Contiguous<T>{shape});
 }
 
 template <class T>
-void backward(const GroupNormShape& shape, const T* dy, const T* x, const float* mean,
-              const float* rstd, const float* weight, const float* bias, T* dx,
-              float* grad_weight, float* grad_bias) {
+void add_run(T* total, const T* part, int64_t n) {
+  for_vectors(n, [&](int64_t i, auto lanes) {
+    lanes.template store<false>(total + i, lanes.load(total + i) + lanes.load(part + i));
+  });
+}
+
+// The gains' and biases' gradients from the sums of each channel of each sample.
+void sum_samples(const GroupNormShape& shape, const double* sums, const float* rstd,
+                 float* grad_weight, float* grad_bias) {
   const int64_t channels = shape.channels, width = channels / shape.groups;
-  double* sums = new double[shape.samples * 2 * channels];
-  auto run = [&](auto kernel) {
-    if (streams(shape, dx))
-      kernel.template backward<true>(dy, x, mean, rstd, weight, bias, dx, sums);
-    else
-      kernel.template backward<false>(dy, x, mean, rstd, weight, bias, dx, sums);
-  };
-  shape.channels_last ? run(ChannelsLast<T>{shape}) : run(Contiguous<T>{shape});
   const bool parallel = shape.samples * 2 * channels >= kParallelElements;
   parallel_for(channels, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -576,7 +631,6 @@ void backward(const GroupNormShape& shape, const T* dy, const T* x, const float*
       grad_bias[c] = static_cast<float>(bias_sum);
     }
   });
-  delete[] sums;
 }
 
 }  // namespace
@@ -586,20 +640,71 @@ void group_norm_relu(const GroupNormShape& shape, Element element, const void* i
                      float* mean, float* rstd) {
   with_element(element, [&](auto of) {
     using T = typename decltype(of)::type;
-    forward(shape, static_cast<const T*>(input), weight, bias, eps, static_cast<T*>(output),
-            mean, rstd);
+    const T* x = static_cast<const T*>(input);
+    T* y = static_cast<T*>(output);
+    with_kernel(shape, y, [&](auto kernel, auto stream) {
+      kernel.template forward<stream>(x, weight, bias, eps, y, mean, rstd);
+    });
+  });
+}
+
+void group_norm_relu_apply(const GroupNormShape& shape, Element element, const void* input,
+                           const float* mean, const float* rstd, const float* weight,
+                           const float* bias, void* output) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    const T* x = static_cast<const T*>(input);
+    T* y = static_cast<T*>(output);
+    with_kernel(shape, y, [&](auto kernel, auto stream) {
+      kernel.template apply_from<stream>(0, x, mean, rstd, weight, bias, y);
+    });
+  });
+}
+
+void add(int64_t count, Element element, void* total, const void* part) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    parallel_for(count, count >= kParallelElements, [&](int64_t begin, int64_t end) {
+      add_run(static_cast<T*>(total) + begin, static_cast<const T*>(part) + begin, end - begin);
+    });
+  });
+}
+
+void add_group_statistics(const GroupNormShape& shape, Element element, void* input,
+                          const void* other, double eps, float* mean, float* rstd) {
+  with_element(element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    T* x = static_cast<T*>(input);
+    auto sum = [&](int64_t begin, int64_t end) {
+      add_run(x + begin, static_cast<const T*>(other) + begin, end - begin);
+    };
+    if (shape.channels_last)
+      ChannelsLast<T>{shape}.statistics_from(0, x, eps, mean, rstd, sum);
+    else
+      Contiguous<T>{shape}.statistics_from(0, x, eps, mean, rstd, sum);
   });
 }
 
 void group_norm_relu_backward(const GroupNormShape& shape, Element element,
                               const void* grad_output, const void* input, const float* mean,
                               const float* rstd, const float* weight, const float* bias,
-                              void* grad_input, float* grad_weight, float* grad_bias) {
+                              const void* grad_skip, void* grad_input, float* grad_weight,
+                              float* grad_bias) {
+  double* sums = new double[shape.samples * 2 * shape.channels];
   with_element(element, [&](auto of) {
     using T = typename decltype(of)::type;
-    backward(shape, static_cast<const T*>(grad_output), static_cast<const T*>(input), mean, rstd,
-             weight, bias, static_cast<T*>(grad_input), grad_weight, grad_bias);
+    const T *dy = static_cast<const T*>(grad_output), *x = static_cast<const T*>(input);
+    const T* skip = static_cast<const T*>(grad_skip);
+    T* dx = static_cast<T*>(grad_input);
+    with_kernel(shape, dx, [&](auto kernel, auto stream) {
+      if (skip != nullptr)
+        kernel.template backward<stream, true>(dy, x, mean, rstd, weight, bias, skip, dx, sums);
+      else
+        kernel.template backward<stream, false>(dy, x, mean, rstd, weight, bias, skip, dx, sums);
+    });
   });
+  sum_samples(shape, sums, rstd, grad_weight, grad_bias);
+  delete[] sums;
 }
 
 }  // namespace BIT_KERNELS_ISA

@@ -14,13 +14,13 @@ namespace bit_kernels {
 namespace BIT_KERNELS_ISA {
 namespace {
 
-template <bool kStream, class T>
+template <bool kStream, class T, class Y>
 void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weight, double eps,
-                      T* output, float* mean, float* rstd) {
+                      Y* output, float* mean, float* rstd) {
   const int64_t ahead = elements_ahead<T>(columns);
   for (int64_t row = begin; row < end; ++row) {
     const T* w = weight + row * columns;
-    T* y = output + row * columns;
+    Y* y = output + row * columns;
     const Moments m = moments(w, columns);
     mean[row] = static_cast<float>(m.mean);
     rstd[row] = reciprocal_root(m, eps);
@@ -34,13 +34,14 @@ void standardize_rows(int64_t begin, int64_t end, int64_t columns, const T* weig
   if (kStream) finish_streaming();
 }
 
-template <bool kStream, class T>
-void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, const T* grad_output,
+template <bool kStream, class T, class Y>
+void standardize_rows_backward(int64_t begin, int64_t end, int64_t columns, const Y* grad_output,
                                const T* weight, const float* mean, const float* rstd,
                                T* grad_weight) {
   const int64_t ahead = elements_ahead<T>(columns);
   for (int64_t row = begin; row < end; ++row) {
-    const T *dy = grad_output + row * columns, *w = weight + row * columns;
+    const Y* dy = grad_output + row * columns;
+    const T* w = weight + row * columns;
     const Vec shift = broadcast(mean[row]);
     double plain = 0, centred = 0;
     for (int64_t at = 0; at < columns; at += kMomentsChunk) {
@@ -80,31 +81,42 @@ bool streams_rows(int64_t rows, int64_t columns, const T* output) {
   return rows * row >= kStreamBytes && row % kLineBytes == 0 && to_line(output) == 0;
 }
 
+// Calls body(weight's element, result's): the same, or any beside a float32 weight.
+template <class Body>
+void with_elements(Element weight, Element result, const Body& body) {
+  if (weight == result)
+    with_element(weight, [&](auto of) { body(of, of); });
+  else
+    with_element(result, [&](auto of) { body(Of<float>{}, of); });
+}
+
 }  // namespace
 
-void standardize_weight(int64_t rows, int64_t columns, Element element, const void* weight,
-                        double eps, void* output, float* mean, float* rstd) {
-  with_element(element, [&](auto of) {
-    using T = typename decltype(of)::type;
-    T* out = static_cast<T*>(output);
-    const auto run = streams_rows(rows, columns, out) ? standardize_rows<true, T>
-                                                      : standardize_rows<false, T>;
+void standardize_weight(int64_t rows, int64_t columns, Element element, Element result,
+                        const void* weight, double eps, void* output, float* mean, float* rstd) {
+  with_elements(element, result, [&](auto of_weight, auto of_result) {
+    using T = typename decltype(of_weight)::type;
+    using Y = typename decltype(of_result)::type;
+    Y* out = static_cast<Y*>(output);
+    const auto run = streams_rows(rows, columns, out) ? standardize_rows<true, T, Y>
+                                                      : standardize_rows<false, T, Y>;
     parallel_for(rows, rows * columns >= kParallelElements, [&](int64_t begin, int64_t end) {
       run(begin, end, columns, static_cast<const T*>(weight), eps, out, mean, rstd);
     });
   });
 }
 
-void standardize_weight_backward(int64_t rows, int64_t columns, Element element,
+void standardize_weight_backward(int64_t rows, int64_t columns, Element element, Element result,
                                  const void* grad_output, const void* weight, const float* mean,
                                  const float* rstd, void* grad_weight) {
-  with_element(element, [&](auto of) {
-    using T = typename decltype(of)::type;
+  with_elements(element, result, [&](auto of_weight, auto of_result) {
+    using T = typename decltype(of_weight)::type;
+    using Y = typename decltype(of_result)::type;
     T* out = static_cast<T*>(grad_weight);
-    const auto run = streams_rows(rows, columns, out) ? standardize_rows_backward<true, T>
-                                                      : standardize_rows_backward<false, T>;
+    const auto run = streams_rows(rows, columns, out) ? standardize_rows_backward<true, T, Y>
+                                                      : standardize_rows_backward<false, T, Y>;
     parallel_for(rows, rows * columns >= kParallelElements, [&](int64_t begin, int64_t end) {
-      run(begin, end, columns, static_cast<const T*>(grad_output), static_cast<const T*>(weight),
+      run(begin, end, columns, static_cast<const Y*>(grad_output), static_cast<const T*>(weight),
           mean, rstd, out);
     });
   });

@@ -36,13 +36,18 @@ def test_small_tensors_stay_with_pytorch(monkeypatch):
     assert backends.choose("group_norm_relu", small) == "reference"
     assert backends.choose("group_norm_relu", large) == "cpp"
     assert backends.choose("group_norm_relu", small, "cpp") == "cpp"
+    weight = torch.zeros(4, 3, 3, 3)
+    monkeypatch.setitem(backends.small_elements, "standardize_weight", 1000)
+    assert backends.choose("standardize_weight", weight) == "reference"
+    with torch.no_grad():
+        assert backends.choose("standardize_weight", weight) == "cpp"
     channels_last = small.to(memory_format=torch.channels_last)
     assert backends.choose("group_norm_relu", channels_last) == "cpp"
 
 
 def test_report():
     report = bit_kernels.backends()
-    assert set(report) == {"group_norm_relu", "mixup", "standardize_weight"}
+    assert set(report) == {"group_norm_relu", "mixup", "norm_relu_conv", "sgd", "standardize_weight"}
     for cases in report.values():
         assert cases["cpu float32"].startswith("cpp (")
         assert "float64" in cases["cpu float64"]

@@ -262,6 +262,24 @@ def test_cases_of_the_ops_suite():
             assert any(name.startswith(f"{op}/{why}/") for name in by_name)
 
 
+def test_cases_of_the_optimizer():
+    cases = ops.cases(threads=[1], dtypes=["float32"])
+    steps = {case.name: case for case in cases if case.name.startswith("sgd/")}
+    weights = 23_454_912
+    assert steps["sgd/r50x1/plain/step"].necessary_bytes == 5 * 4 * weights
+    assert steps["sgd/r50x1/standardized-float32/step"].necessary_bytes == 6 * 4 * weights
+    assert steps["sgd/r50x1/standardized-bfloat16/step"].necessary_bytes == 22 * weights
+    assert not [c for c in ops.cases(threads=[1], dtypes=["bfloat16"]) if c.name[:3] == "sgd"]
+    for kept in ("plain", "standardized-float32", "standardized-bfloat16"):
+        case = steps[f"sgd/tiny/{kept}/step"]
+        workload = case.prepare()
+        assert gate(case, workload) == {}
+        assert ("standardized" in workload.reference()) == (kept != "plain")
+        for provider in case.providers:
+            for call in workload.calls(provider):
+                call()
+
+
 @pytest.mark.parametrize(
     "nbytes, forward, backward",
     [

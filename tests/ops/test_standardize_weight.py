@@ -167,8 +167,8 @@ def test_plain_op_matches_kernel():
 
     weight, grad = make((6, 5, 3, 3), torch.float32)
     kernel = torch.ops.bit_kernels.standardize_weight(weight, 1e-10)
-    for a, b in zip(kernel, module._plain(weight, 1e-10), strict=True):
+    for a, b in zip(kernel, module.plain(weight, 1e-10), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
     arguments = (grad, weight, *kernel[1:])
     a = torch.ops.bit_kernels.standardize_weight_backward(*arguments)
-    assert torch.allclose(a, module._plain_backward(*arguments), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(a, module.plain_backward(*arguments), rtol=1e-4, atol=1e-3)

@@ -9,6 +9,7 @@ import timm_twin
 import torch
 import torch.nn.functional as F
 from checking import leave_small_tensors_to_pytorch
+from torch import nn
 
 from bit import checkpoint, models
 
@@ -323,3 +324,54 @@ def test_refuses_images(bad):
     for call in (model, model.features):
         with pytest.raises(ValueError, match=r"images is torch\..*must be floating point of shape"):
             call(bad)
+
+
+@pytest.mark.parametrize("side", [(7, 9), (8, 8), (1, 1), (2, 1), (6, 5)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_root_pool_is_a_pool_over_a_border_of_zeros(side, layout):
+    x = torch.randn(2, 3, *side, dtype=torch.float64) - 0.5
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    ours, plain = models._max_pool(x), F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
+    assert torch.equal(ours, plain)
+    grad = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, x, grad)[0]
+    assert torch.equal(found, torch.autograd.grad(plain, x, grad)[0])
+    assert found.is_contiguous(memory_format=layout)
+    assert torch.autograd.gradgradcheck(models._max_pool, x)
+
+
+def test_what_a_step_keeps():
+    """Of each GroupNorm its input, of each pool its result; no activation, no standardized weight."""
+    model = models.create("R26x0.5", 10).to(memory_format=torch.channels_last)
+    inputs = 0
+
+    def count(module, arguments):
+        nonlocal inputs
+        inputs += arguments[0].numel()
+
+    hooks = [
+        m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, nn.GroupNorm)
+    ]
+    images = torch.randn(2, 3, 64, 64)
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), images)}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(images)
+    indices = 2 * 32 * 16 * 16 * 8
+    total = sum(size for at, size in kept.items() if at not in own)
+    assert 4 * inputs + indices <= total < 1.05 * (4 * inputs + indices)
+
+
+def test_inference_mode():
+    model, images = models.create("R14x0.5", 5, zero_head=False), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = model(images)
+    assert torch.allclose(logits, model(images), atol=1e-5)

@@ -101,6 +101,8 @@ def test_update_is_sgd_with_momentum_and_decay_on_kernels(dataset, tmp_path):
     settings = config.resolve(tiny(tmp_path, **schedule), num_examples=24, native_size=8)
     trainer = train.Trainer(settings, make_task(dataset, settings.images))
     torch.nn.init.normal_(trainer.model.head.weight)
+    # The gradients are those of standardized weights until they are projected.
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.project_gradients())
     velocity = {name: 0.0 for name, _ in trainer.model.named_parameters()}
     for step, lr in enumerate((0.0, 0.1, 0.01)):
         batch = trainer.batches.batch(step)

@@ -1,0 +1,34 @@
+// The CPU implementations of the ops that other ops are made of.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+namespace bit_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_relu(const Tensor& input, int64_t num_groups,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& bias, double eps,
+                                                   bool relu);
+Tensor group_norm_relu_apply(const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                             const std::optional<Tensor>& weight,
+                             const std::optional<Tensor>& bias, bool relu);
+std::tuple<Tensor, Tensor> add_group_statistics(Tensor input, const Tensor& other,
+                                                int64_t num_groups, double eps);
+std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& rstd,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool relu,
+    const std::optional<Tensor>& grad_skip);
+
+std::tuple<Tensor, Tensor, Tensor> standardize_weight(const Tensor& weight, double eps,
+                                                      std::optional<ScalarType> dtype);
+Tensor standardize_weight_backward(const Tensor& grad_output, const Tensor& weight,
+                                   const Tensor& mean, const Tensor& rstd);
+
+}  // namespace bit_kernels

@@ -6,8 +6,6 @@ prepares meanwhile (`loaded`), and on batches that are tensors already (`at_hand
 """
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,13 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 from torch import Tensor
 
+from benchmarks.ops import mixup
 from benchmarks.runner import Case
 from bit.config import Config, Images, Network, Run, Schedule, resolve
 from bit.data import Batch, Split
 from bit.task import Task
 from bit.train import Trainer
 
-OP = "benchmarks.ops.mixup"
 LOADED, AT_HAND = "loaded", "at_hand"
 UPDATES = 8  # in one call: more than the loader prepares ahead while others are timed
 PICTURE = ("times_limit", 1.0)
@@ -48,11 +46,8 @@ CASES = [
 def cases(
     *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
 ) -> list[Case]:
-    """The op's cases, where there is one, then training with and without loading, in float32."""
-    found = []
-    if importlib.util.find_spec(OP):
-        op = importlib.import_module(OP)
-        found += op.cases(threads=threads, dtypes=dtypes, quick=quick, compiled=compiled)
+    """The op's cases, then training with and without loading, in float32."""
+    found = mixup.cases(threads=threads, dtypes=dtypes, quick=quick, compiled=compiled)
     return found + [
         _case(case, max(threads)) for case in CASES if case.quick == quick and "float32" in dtypes
     ]

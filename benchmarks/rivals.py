@@ -4,7 +4,6 @@ Suites name a rival NETWORK/LAYOUT, or NETWORK_compiled/LAYOUT through torch.com
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks import networks, timm_networks
 from benchmarks.ops import LAYOUTS
 from bit import checkpoint, models
+from bit_kernels.optim import SGD
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
 
@@ -122,9 +122,7 @@ def make_optimizer(provider: str, module: nn.Module, dtype: str) -> torch.optim.
     "float32" or, for autocast, "bfloat16".
     """
     groups = parameter_groups(module.parameters())
-    if network_of(provider) is NETWORKS["bit"] and importlib.util.find_spec("bit_kernels.optim"):
-        from bit_kernels.optim import SGD
-
+    if network_of(provider) is NETWORKS["bit"]:
         kept = torch.bfloat16 if dtype == "bfloat16" else None
         return SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, model=module, dtype=kept)
     return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=MOMENTUM, fused=True)

@@ -18,7 +18,7 @@ import torch
 
 import benchmarks
 from benchmarks import machine, ops, report, runner, tables
-from benchmarks.ops import group_norm_relu, standardize_weight
+from benchmarks.ops import group_norm_relu, mixup, standardize_weight
 from benchmarks.runner import (
     Case,
     CopyLimit,
@@ -308,6 +308,24 @@ def test_cases_of_the_ops_suite():
             assert any(name.startswith(f"{op}/{why}/") for name in by_name)
 
 
+def test_cases_of_the_optimizer():
+    cases = ops.cases(threads=[1], dtypes=["float32"])
+    steps = {case.name: case for case in cases if case.name.startswith("sgd/")}
+    weights = 23_454_912
+    assert steps["sgd/r50x1/plain/step"].necessary_bytes == 5 * 4 * weights
+    assert steps["sgd/r50x1/standardized-float32/step"].necessary_bytes == 6 * 4 * weights
+    assert steps["sgd/r50x1/standardized-bfloat16/step"].necessary_bytes == 22 * weights
+    assert not [c for c in ops.cases(threads=[1], dtypes=["bfloat16"]) if c.name[:3] == "sgd"]
+    for kept in ("plain", "standardized-float32", "standardized-bfloat16"):
+        case = steps[f"sgd/tiny/{kept}/step"]
+        workload = case.prepare()
+        assert gate(case, workload) == {}
+        assert ("standardized" in workload.reference()) == (kept != "plain")
+        for provider in case.providers:
+            for call in workload.calls(provider):
+                call()
+
+
 @pytest.mark.parametrize(
     "nbytes, forward, backward",
     [
@@ -344,6 +362,25 @@ def test_every_rival_passes_the_gate(op, shape, layout, direction, dtype, monkey
         assert large.dtype == ops.DTYPES[dtype]
         again = calls[1]()  # a backward can be run as often as rounds need it
         assert torch.equal(large, again if direction == "forward" else again[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("partner", mixup.PARTNERS)
+def test_every_rival_makes_the_same_batch(partner, dtype, monkeypatch):
+    for name, value in {"COUNT": 8, "SIDE": 20, "CROP": 16, "ROTATED_BYTES": 1 << 14}.items():
+        monkeypatch.setattr(mixup, name, value)
+    (case,) = [
+        case
+        for case in mixup.cases(threads=[1], dtypes=[dtype])
+        if case.name == f"mixup/8x20x20x3/crop16/{partner}"
+    ]
+    assert case.necessary_bytes == 8 * 16 * 16 * 3 * (6 if dtype == "float32" else 4)
+    workload = case.prepare()
+    assert gate(case, workload) == {}
+    for provider in case.providers:
+        calls = workload.calls(provider)
+        assert len(calls) >= 2 and calls[1]().dtype == ops.DTYPES[dtype]
+        assert not torch.equal(calls[0]().clone(), calls[1]())
 
 
 def test_gate_is_not_fooled_by_rounding_at_the_relu():

@@ -370,10 +370,8 @@ def test_what_a_step_keeps():
     assert 4 * inputs + indices <= total < 1.05 * (4 * inputs + indices)
 
 
-def test_inference_mode_gives_the_same_logits():
-    model = models.create("R26x0.25", 10, zero_head=False).eval()
-    images = torch.rand(2, 3, 65, 65) * 2 - 1
-    with torch.no_grad():
-        expected = model(images)
+def test_inference_mode():
+    model, images = models.create("R14x0.5", 5, zero_head=False), torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(model(images), expected)
+        logits = model(images)
+    assert torch.allclose(logits, model(images), atol=1e-5)

@@ -31,7 +31,7 @@ test: $(BUILT)
 # one exact torch, and its model code does without.
 $(INSTALLED): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip 'setuptools>=77' ninja
+	$(PIP) --upgrade pip 'setuptools>=77' ninja pybind11
 	$(PIP) '$(TORCH)'
 	$(PIP) --no-build-isolation --editable '.[test]'
 	$(PIP) --no-deps timm

@@ -1,11 +1,14 @@
-"""Builds bit_kernels/_native, the native library, with the C++ compiler and torch's headers.
+"""Builds the native libraries with the C++ compiler.
 
-One library serves torch 2.11 and newer: it uses PyTorch's stable ABI and Python's limited API.
-Each instruction set is a compilation of its own of csrc/cpu/isa_build.cpp; the processor picks one
-when the library is loaded. Without a C++ compiler the packages install without the library and
-run on plain PyTorch.
+bit_kernels/_native holds torch's ops. One build serves torch 2.11 and newer: it uses PyTorch's
+stable ABI and Python's limited API. bit_kernels/_data takes NumPy arrays, by pybind11, which has no
+limited API: it serves the Python that built it, and so does a wheel of both.
 
-Environment: CXX (the compiler), BIT_KERNELS_NATIVE=0 (leave the library out).
+Each instruction set is a compilation of its own of csrc/cpu/isa_build.cpp or mixup_build.cpp; the
+processor picks one when the library is loaded. Without a C++ compiler the packages install without
+the libraries and run on plain PyTorch.
+
+Environment: CXX (the compiler), BIT_KERNELS_NATIVE=0 (leave the libraries out).
 """
 
 import importlib.util
@@ -46,6 +49,7 @@ PLAIN_SOURCES = [
     "cpu/isa.cpp",
     "cpu/group_norm_relu.cpp",
     "cpu/norm_relu_conv.cpp",
+    "cpu/sgd.cpp",
     "cpu/standardize_weight.cpp",
 ]
 
@@ -74,28 +78,42 @@ class BuildWithNinja(build_ext):
     def build_extension(self, extension):
         library = Path(self.get_ext_fullpath(extension.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve()
+        folder = Path(self.build_temp).resolve() / extension.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(library))
+        rules = {"bit_kernels._native": native_library, "bit_kernels._data": data_library}
+        (folder / "build.ninja").write_text(rules[extension.name](library))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+
+
+def native_library(library: Path) -> str:
+    torch = torch_folder()
+    flags = STABLE_ABI + [f'-isystem "{torch / "include"}"']
+    links = [f'"-L{torch / "lib"}"', "-ltorch_cpu", "-lc10"]
+    return ninja_file(library, PLAIN_SOURCES, "cpu/isa_build.cpp", flags, links)
+
+
+def data_library(library: Path) -> str:
+    import pybind11
+
+    flags = [f'-isystem "{pybind11.get_include()}"']
+    return ninja_file(library, ["cpu/mixup.cpp"], "cpu/mixup_build.cpp", flags, [])
 
 
 def escape(path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(library: Path) -> str:
-    torch = torch_folder()
-    includes = [torch / "include", sysconfig.get_path("include")]
-    flags = FLAGS + STABLE_ABI + [f'-isystem "{path}"' for path in includes]
-    links = [f'"-L{torch / "lib"}"', "-ltorch_cpu", "-lc10"]
+def ninja_file(
+    library: Path, sources: list[str], isa_source: str, own_flags: list[str], links: list[str]
+) -> str:
+    flags = FLAGS + own_flags + [f'-isystem "{sysconfig.get_path("include")}"']
     # On macOS Python's own symbols are found when the library is loaded.
     shared = (
         ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared"]
     )
-    units = [(source, Path(source).stem, []) for source in PLAIN_SOURCES]
+    units = [(source, Path(source).stem, []) for source in sources]
     units += [
-        ("cpu/isa_build.cpp", isa, [f"-DBIT_KERNELS_ISA={isa}", *extra])
+        (isa_source, isa, [f"-DBIT_KERNELS_ISA={isa}", *extra])
         for isa, extra in ISAS.items()
     ]
     lines = [
@@ -118,14 +136,15 @@ def ninja_file(library: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+extensions = []
 reason = why_no_native()
 if reason is not None:
-    print(f"bit-kernels: building without the native library: {reason}", file=sys.stderr)
+    print(f"bit-kernels: building without the native libraries: {reason}", file=sys.stderr)
+else:
+    extensions.append(Extension("bit_kernels._native", sources=[], py_limited_api=True))
+    if importlib.util.find_spec("pybind11"):
+        extensions.append(Extension("bit_kernels._data", sources=[]))
+    else:
+        print("bit-kernels: building without mixup's kernel: no pybind11 here", file=sys.stderr)
 
-setup(
-    ext_modules=[]
-    if reason is not None
-    else [Extension("bit_kernels._native", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildWithNinja},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithNinja})

@@ -1,8 +1,11 @@
 """What the figures of a run depend on: processor, caches, versions, other work, the allocator."""
 
+import contextlib
 import ctypes
+import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -35,17 +38,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def device() -> str:
-    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB"."""
-    model = platform.processor() or platform.machine()
+def _model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
+                return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    parts = [model, f"{cores()} cores", torch.backends.cpu.get_cpu_capability()]
+    return platform.processor() or platform.machine()
+
+
+def short_name() -> str:
+    """The processor as a part of file names, for instance "epyc-2-cores"."""
+    model = re.sub(r"\(.*?\)|@.*|\b(AMD|Intel|CPU|Processor|\d+-Core)\b", " ", _model())
+    words = re.findall(r"[a-z0-9]+", model.lower())
+    return "-".join([*words, f"{cores()}-cores"])
+
+
+def device() -> str:
+    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB"."""
+    parts = [_model(), f"{cores()} cores", torch.backends.cpu.get_cpu_capability()]
     for level in (2, 3):
         size = cache_bytes(level)
         if size:
@@ -61,6 +73,9 @@ def versions() -> str:
         f"bit_kernels {bit_kernels.__version__}",
         f"python {platform.python_version()}",
     ]
+    for rival in ("timm", "onnxruntime", "torchvision"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{rival} {importlib.metadata.version(rival)}")
     commit = _git("rev-parse", "--short", "HEAD")
     if commit:
         parts.append(f"commit {commit}{'+' if _git('status', '--porcelain', '-uno') else ''}")
@@ -111,15 +126,21 @@ class Load:
     """How many cores other processes (or the hypervisor) kept busy since this object was made."""
 
     def __init__(self):
-        self._start = time.perf_counter(), self._busy(), time.process_time()
+        self._start = time.perf_counter(), self._busy(), self._own()
 
     def others(self) -> float | None:
         """Mean number of cores in use by others, from Linux' /proc/stat; None elsewhere."""
         start, busy, own = self._start
         if busy is None:
             return None
-        ours = time.process_time() - own
+        ours = self._own() - own
         return max(0.0, (self._busy() - busy - ours) / (time.perf_counter() - start))
+
+    @staticmethod
+    def _own() -> float:
+        """Seconds on cores of this process and of its children that have ended."""
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.process_time() + children.ru_utime + children.ru_stime
 
     @staticmethod
     def _busy() -> float | None:

@@ -1,11 +1,11 @@
-"""How figures are written down: rows for the CSV, lines for the screen, a Markdown table."""
+"""How figures are written down as they come: rows for the CSV, lines for the screen."""
 
 import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.runner import COPY, Case, Result, quantile
+from benchmarks.runner import COPY, MATRIX, Case, Count, Figure, Result, quantile
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Row:
     """One figure; the fields are the CSV's columns, in order.
 
     metric and unit: "time_ms" in ms a call; "share_of_copy" (necessary bytes a second over the
-    copy bandwidth of the same case) in 1; "speedup" in "x PROVIDER", the fastest baseline;
-    "copy_gbps" in GB/s; "busy_cores", what other processes used, in cores.
+    copy bandwidth of the same case) in 1; "times_limit" (time over the limit's) and "speedup" in
+    "x PROVIDER", the fastest limit and the fastest baseline; "images_per_s"; "copy_gbps" in GB/s
+    and "matrix_gflops" in GFLOP/s, the limits of the machine; "busy_cores", what other processes
+    used, in cores. Suites that count rather than time say in their docstring what they count.
     """
 
     suite: str
@@ -45,65 +47,67 @@ COLUMNS = tuple(column.name for column in fields(Row))
 
 
 def rows(result: Result, run: Run) -> list[Row]:
-    """The rows of one case: nothing for a rival that the gate refused."""
-    case = result.case
-    written = []
+    """The rows of one timed case: nothing for a rival that the gate refused."""
+    return [row(result.case, figure, run) for figure in figures(result)]
+
+
+def figures(result: Result) -> list[Figure]:
+    """What the samples of one case come to, rival by rival."""
+    case, found = result.case, []
     for provider, seconds in result.seconds.items():
-        p20, p50, p80 = (quantile(seconds, q) for q in (0.2, 0.5, 0.8))
-        figures = [("time_ms", p20 * 1e3, p50 * 1e3, p80 * 1e3, "ms")]
-        if result.share_of_copy(p50) is not None:
-            shares = (result.share_of_copy(value) for value in (p80, p50, p20))
-            figures.append(("share_of_copy", *shares, "1"))
-        if result.baseline() not in (None, provider):
-            figures.append(("speedup", *result.speedup(provider), f"x {result.baseline()}"))
-        written += [
-            _row(case.suite, case.name, provider, *figure, case.threads, case.dtype, run)
-            for figure in figures
-        ]
-    return written
+        found.append(Figure.of(provider, "time_ms", [value * 1e3 for value in seconds], "ms"))
+        if case.images is not None:
+            rates = [case.images / value for value in seconds]
+            found.append(Figure.of(provider, "images_per_s", rates, "images/s"))
+        if case.necessary_bytes is not None and result.copy_gbps:
+            shares = [result.share_of_copy(value) for value in seconds]
+            found.append(Figure.of(provider, "share_of_copy", shares, "1"))
+        for metric, ratio, other in (
+            ("times_limit", result.times_limit(provider), result.limit()),
+            ("speedup", result.speedup(provider), result.baseline()),
+        ):
+            if ratio is not None and other != provider:
+                found.append(Figure(provider, metric, *ratio, f"x {other}"))
+    return found
 
 
 def limit_rows(suite: str, results: Iterable[Result], run: Run) -> list[Row]:
-    """The copy bandwidth over the whole run, one row a number of threads."""
-    samples: dict[int, list[float]] = {}
+    """Copy bandwidth and matrix rate over the whole run, one row a number of threads."""
+    samples: dict[tuple[int, str, str, str], list[float]] = {}
     for result in results:
-        samples.setdefault(result.case.threads, []).extend(result.copy_gbps)
+        threads = result.case.threads
+        for *kind, values in (
+            (COPY, "copy_gbps", "GB/s", result.copy_gbps),
+            (MATRIX, "matrix_gflops", "GFLOP/s", result.matrix_gflops),
+        ):
+            samples.setdefault((threads, *kind), []).extend(values)
     return [
-        _row(
-            suite,
-            "limit",
-            COPY,
-            "copy_gbps",
-            *(quantile(values, q) for q in (0.2, 0.5, 0.8)),
-            "GB/s",
-            threads,
-            "float32",
-            run,
-        )
-        for threads, values in samples.items()
+        row(Count(suite, "limit", "float32", threads, list), Figure.of(*kind, values, unit), run)
+        for (threads, *kind, unit), values in samples.items()
         if values
     ]
 
 
 def load_row(suite: str, when: str, busy: float, run: Run) -> Row:
     """Cores that others kept busy, `when` the run started or during it."""
-    return _row(suite, when, "other_processes", "busy_cores", busy, busy, busy, "cores", 0, "", run)
+    figure = Figure("other_processes", "busy_cores", busy, busy, busy, "cores")
+    return row(Count(suite, when, "", 0, list), figure, run)
 
 
-def _row(suite, case, provider, metric, p20, p50, p80, unit, threads, dtype, run: Run) -> Row:
-    low, middle, high = (float(f"{value:.5g}") for value in (p20, p50, p80))
+def row(case: Case | Count, figure: Figure, run: Run) -> Row:
+    low, middle, high = (float(f"{value:.5g}") for value in (figure.p20, figure.p50, figure.p80))
     return Row(
-        suite,
-        case,
-        provider,
-        metric,
+        case.suite,
+        case.name,
+        figure.provider,
+        figure.metric,
         low,
         middle,
         high,
-        unit,
+        figure.unit,
         run.device,
-        threads,
-        dtype,
+        case.threads,
+        case.dtype,
         run.versions,
         run.date,
     )
@@ -141,7 +145,7 @@ class CsvFile:
 
 
 HEADER = (
-    f"{'provider':<20}{'ms p50':>10}{'p20':>10}{'p80':>10}{'GB/s':>8}{'of copy':>9}"
+    f"{'provider':<32}{'ms p50':>10}{'p20':>10}{'p80':>10}{'of copy':>9}{'x limit':>9}"
     f"{'speedup':>9}  spread"
 )
 
@@ -149,36 +153,43 @@ HEADER = (
 def lines(result: Result) -> list[str]:
     """The case and its floor, then one line a rival under HEADER's columns.
 
-    `speedup` is over the fastest baseline, `spread` the 20th to 80th percentile of the rounds.
+    `x limit` is over the fastest limit and `speedup` over the fastest baseline; `spread` is the
+    20th to 80th percentile of the rounds, of the first of the two that there is.
     """
     case = result.case
     floor = f", floor {case.passes} passes" if case.passes else ""
     copy = f", copy {quantile(result.copy_gbps, 0.5):.1f} GB/s" if result.copy_gbps else ""
-    threads = f"{case.threads} thread{'s' if case.threads > 1 else ''}"
-    shown = [f"{case.name}  {case.dtype}, {threads}{floor}{copy}"]
+    shown = [f"{case.name}  {_circumstances(case)}{floor}{copy}"]
     for provider in case.providers:
         if provider in result.red:
-            shown.append(f"  {provider:<18}NO FIGURE: {result.red[provider]}")
+            shown.append(f"  {provider:<30}NO FIGURE: {result.red[provider]}")
         elif provider in result.seconds:
             shown.append(_line(result, provider))
     return shown
 
 
+def _circumstances(case: Case | Count) -> str:
+    return f"{case.dtype}, {case.threads} thread{'s' if case.threads > 1 else ''}"
+
+
 def _line(result: Result, provider: str) -> str:
-    seconds = result.seconds[provider]
-    low, middle, high = (quantile(seconds, q) for q in (0.2, 0.5, 0.8))
-    nbytes = result.case.necessary_bytes
-    rate = f"{nbytes / middle / 1e9:.1f}" if nbytes else "-"
-    share = result.share_of_copy(middle)
-    speedup = result.speedup(provider)
-    line = f"  {provider:<18}{middle * 1e3:>10.4f}{low * 1e3:>10.4f}{high * 1e3:>10.4f}{rate:>8}"
-    line += f"{share:>9.2f}" if share is not None else f"{'-':>9}"
-    if speedup is None:
-        return line
-    line += f"{speedup[1]:>9.2f}"
-    if provider != result.baseline():
-        line += f"  {speedup[0]:.2f}-{speedup[2]:.2f}"
-    return line
+    by_metric = {f.metric: f for f in figures(result) if f.provider == provider}
+    time = by_metric["time_ms"]
+    line = f"  {provider:<30}{time.p50:>10.4f}{time.p20:>10.4f}{time.p80:>10.4f}"
+    ratios = [by_metric.get(metric) for metric in ("share_of_copy", "times_limit", "speedup")]
+    line += "".join("-".rjust(9) if f is None else f"{f.p50:>9.2f}" for f in ratios)
+    spread = ratios[1] or ratios[2]
+    return line if spread is None else f"{line}  {spread.p20:.2f}-{spread.p80:.2f}"
+
+
+def heading(case: Count) -> str:
+    return f"{case.name}  {_circumstances(case)}"
+
+
+def figure_line(figure: Figure) -> str:
+    spread = "" if figure.p20 == figure.p80 else f"  {figure.p20:.4g}-{figure.p80:.4g}"
+    value = f"{figure.p50:>10.4g} {figure.unit}{spread}"
+    return f"  {figure.provider:<36}{figure.metric:<24}{value}"
 
 
 def summary(results: list[Result], *, share_goal: float = 0.8) -> list[str]:
@@ -219,41 +230,3 @@ def _ranked(what: str, values: list[tuple[float, str]], goal: float) -> list[str
         f"{len(below)} of {len(values)} below {goal:g}"
     ]
     return told + [f"  {value:.2f}  {where}" for value, where in below]
-
-
-def markdown(suite: str, results: list[Result], run: Run) -> str:
-    """One table of all cases, a row for each rival that has a figure."""
-    text = [
-        f"# `python -m benchmarks {suite}`",
-        "",
-        f"{run.date}. {run.device}. {run.versions}.",
-        "",
-        "Median of the rounds; `of copy` is the floor's bytes a second over the copy bandwidth of "
-        "the same case; `x` is over the fastest baseline, with the 20th to 80th percentile of the "
-        "rounds.",
-        "",
-        "| case | dtype | threads | passes | copy GB/s | provider | ms | of copy | x |",
-        "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
-    ]
-    for result in results:
-        case = result.case
-        for provider in result.seconds:
-            middle = result.median(provider)
-            share = result.share_of_copy(middle)
-            speedup = result.speedup(provider)
-            cells = [
-                case.name,
-                case.dtype,
-                case.threads,
-                case.passes or "",
-                f"{quantile(result.copy_gbps, 0.5):.1f}",
-                provider,
-                f"{middle * 1e3:.4g}",
-                "" if share is None else f"{share:.2f}",
-                "" if speedup is None else "{1:.2f} ({0:.2f}-{2:.2f})".format(*speedup),
-            ]
-            text.append(f"| {' | '.join(map(str, cells))} |")
-    red = [f"- {label(r.case)}, {name}: {why}" for r in results for name, why in r.red.items()]
-    if red:
-        text += ["", "Without a figure:", "", *red]
-    return "\n".join(text) + "\n"

@@ -4,8 +4,8 @@
    gets no figure (`disagreement`).
 2. Rotate: every call takes the next of many copies of the inputs, and its output is kept until
    that copy's next turn, so neither is found in a cache.
-3. Interleave: rivals and a plain copy of memory take turns, in a new random order each round, so
-   a disturbance falls on all of them.
+3. Interleave: rivals and a plain copy of memory (for whole networks a matrix product, too) take
+   turns, in a new random order each round, so a disturbance falls on all of them.
 4. One sample is a mean over calls that together last two milliseconds; a figure is the median of
    the rounds, with the 20th and 80th percentile as its spread.
 """
@@ -14,7 +14,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +26,8 @@ from benchmarks import machine
 
 COPY = "torch_copy"
 COPY_BYTES = 64 << 20  # of the source, and of the destination
+MATRIX = "torch_matmul"
+MATRIX_SIDE = 1024  # three of 4 MiB: past the caches of a core, 10 to 30 ms
 WARM_SECONDS = 1.0  # at most, for each rival of a case
 
 
@@ -39,7 +41,10 @@ class Workload(Protocol):
         """The right outputs in float64, by name; empty where there is nothing to compare."""
 
     def outputs(self, provider: str) -> dict[str, Tensor]:
-        """What `provider` computes from the same inputs, under the same names."""
+        """What `provider` computes from the same inputs, under the same names.
+
+        Where rivals differ in what they compute (`Case.plain`), each gives a part of the names.
+        """
 
     def calls(self, provider: str) -> Sequence[Callable[[], object]]:
         """What is timed: one call for each copy of the inputs, equally many for each provider."""
@@ -52,9 +57,15 @@ class Case:
     suite, name: who it is; `name` is unique in the suite, its parts joined by "/".
     dtype, threads: of the inputs; of torch.
     providers: the rivals as shown; the first is the one that the summary is about.
-    baselines: the rivals that count as "before". The fastest is what ratios refer to, and the
-        first one's error in `dtype` sets the bound of the gate.
+    baselines: the rivals that count as "before". The fastest is what speedups refer to.
     prepare: allocates the workload when the case's turn comes.
+    plain: rival -> the plainest one that computes the same, whose error in `dtype` sets the bound
+        of the gate; the first baseline for rivals that aren't named.
+    room: for the gate beside that error, as a share of an output's largest magnitude: where a sign
+        at a ReLU or a tie in a pool is a matter of rounding, errors are too.
+    limits: the rivals that leave out all that isn't necessary, in several ways; `times_limit` is
+        over the fastest.
+    images: that one call works on, for images a second.
     passes, necessary_bytes: the floor, in reads or writes of one tensor and in bytes; None where
         a floor says nothing (inputs too small to be rotated past the caches).
     """
@@ -66,13 +77,45 @@ class Case:
     providers: tuple[str, ...]
     baselines: tuple[str, ...]
     prepare: Callable[[], Workload]
+    plain: Mapping[str, str] = field(default_factory=dict)
+    room: float = 0.0
+    limits: tuple[str, ...] = ()
+    images: int | None = None
     passes: int | None = None
     necessary_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One number: `p50` with its 20th and 80th percentile; all three alike where it can't vary."""
+
+    provider: str
+    metric: str
+    p20: float
+    p50: float
+    p80: float
+    unit: str
+
+    @classmethod
+    def of(cls, provider: str, metric: str, samples: Sequence[float], unit: str) -> "Figure":
+        p20, p50, p80 = (quantile(samples, q) for q in (0.2, 0.5, 0.8))
+        return cls(provider, metric, p20, p50, p80, unit)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A case that is counted or scored rather than timed: `take` gives its figures as they come."""
+
+    suite: str
+    name: str
+    dtype: str
+    threads: int
+    take: Callable[[], Iterable[Figure]]
+
+
 @dataclass
 class Result:
-    """Samples of one case, one a round: seconds a call by provider, GB/s of the copy.
+    """Samples of one case, one a round: seconds a call by provider, GB/s of the copy, GFLOP/s.
 
     `red` holds the reason why a provider has no figure.
     """
@@ -80,6 +123,7 @@ class Result:
     case: Case
     seconds: dict[str, list[float]] = field(default_factory=dict)
     copy_gbps: list[float] = field(default_factory=list)
+    matrix_gflops: list[float] = field(default_factory=list)
     red: dict[str, str] = field(default_factory=dict)
 
     def median(self, provider: str) -> float:
@@ -87,17 +131,29 @@ class Result:
 
     def baseline(self) -> str | None:
         """The fastest baseline that has a figure."""
-        timed = [name for name in self.case.baselines if name in self.seconds]
-        return min(timed, key=self.median, default=None)
+        return self._fastest(self.case.baselines)
+
+    def limit(self) -> str | None:
+        """The fastest of the limits that have a figure."""
+        return self._fastest(self.case.limits)
 
     def speedup(self, provider: str) -> tuple[float, float, float] | None:
-        """Ratio of medians over the baseline, with p20 and p80 of the rounds' ratios around it."""
-        baseline = self.baseline()
-        if baseline is None:
+        """Times as fast as the baseline: ratio of medians, p20 and p80 of the rounds' ratios."""
+        return self._ratio(self.baseline(), provider)
+
+    def times_limit(self, provider: str) -> tuple[float, float, float] | None:
+        """Time over the limit's: ratio of medians, p20 and p80 of the rounds' ratios."""
+        return self._ratio(provider, self.limit())
+
+    def _fastest(self, providers: Sequence[str]) -> str | None:
+        timed = [name for name in providers if name in self.seconds]
+        return min(timed, key=self.median, default=None)
+
+    def _ratio(self, above: str | None, below: str | None) -> tuple[float, float, float] | None:
+        if above is None or below is None:
             return None
-        pairs = zip(self.seconds[baseline], self.seconds[provider])
-        rounds = [before / after for before, after in pairs]
-        ratio = self.median(baseline) / self.median(provider)
+        rounds = [a / b for a, b in zip(self.seconds[above], self.seconds[below])]
+        ratio = self.median(above) / self.median(below)
         return quantile(rounds, 0.2), ratio, quantile(rounds, 0.8)
 
     def share_of_copy(self, seconds: float) -> float | None:
@@ -124,13 +180,16 @@ def orders(names: Sequence[str], rounds: int, seed: object) -> Iterator[list[str
 
 
 def disagreement(
-    actual: dict[str, Tensor], reference: dict[str, Tensor], unfused: dict[str, Tensor]
+    actual: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    unfused: dict[str, Tensor],
+    room: float = 0.0,
 ) -> str | None:
     """Why `actual` is wrong, in one sentence, or None.
 
     The bound, for each output: its largest error against the float64 `reference` is at most
-    twice that of `unfused`, plus two roundings of its dtype at the reference's largest magnitude.
-    An `unfused` output that isn't finite gives no room.
+    twice that of `unfused`, plus two roundings of its dtype at the reference's largest magnitude,
+    plus `room` times that magnitude. An `unfused` output that isn't finite gives no room.
     """
     missing = reference.keys() - actual.keys()
     if missing:
@@ -143,8 +202,9 @@ def disagreement(
             continue
         error = (got.double() - right).abs().max().item()
         own = (unfused[name].double() - right).abs().max().item()
-        rounding = torch.finfo(got.dtype).eps * right.abs().max().item()
-        bound = 2 * (own if math.isfinite(own) else 0.0) + 2 * rounding
+        largest = right.abs().max().item()
+        rounding = torch.finfo(got.dtype).eps * largest
+        bound = 2 * (own if math.isfinite(own) else 0.0) + 2 * rounding + room * largest
         if not error <= bound:
             return f"{name} is off by {error:.3g}; at most {bound:.3g} is right"
     return None
@@ -155,18 +215,26 @@ def gate(case: Case, workload: Workload) -> dict[str, str]:
     reference = workload.reference()
     if not reference:
         return {}
-    plain = case.baselines[0]
-    unfused = workload.outputs(plain)
-    red = {}
+    red: dict[str, str] = {}
+    families: dict[str, list[str]] = {}
     for provider in case.providers:
-        try:
-            outputs = unfused if provider == plain else workload.outputs(provider)
-            reason = disagreement(outputs, reference, unfused)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            red[provider] = reason
+        families.setdefault(case.plain.get(provider, case.baselines[0]), []).append(provider)
+    for plain, providers in families.items():
+        unfused = workload.outputs(plain)
+        right = {name: reference[name] for name in (unfused if case.plain else reference)}
+        for provider in providers:
+            try:
+                outputs = unfused if provider == plain else workload.outputs(provider)
+                reason = disagreement(outputs, right, unfused, case.room)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {_first_line(error)}"
+            if reason:
+                red[provider] = reason
     return red
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 class Racer:
@@ -221,8 +289,28 @@ class CopyLimit:
         return 2 * self._source.nbytes / elapsed
 
 
+class MatrixLimit:
+    """Rate of a float32 matrix product as torch reaches it."""
+
+    def __init__(self, side: int = MATRIX_SIDE):
+        self._left, self._right = torch.rand(side, side), torch.rand(side, side)
+        self._product = torch.empty(side, side)
+
+    def sample(self) -> float:
+        """GFLOP/s, a multiplication and an addition as two, at the present number of threads."""
+        begin = time.perf_counter_ns()
+        torch.mm(self._left, self._right, out=self._product)
+        return 2 * len(self._left) ** 3 / (time.perf_counter_ns() - begin)
+
+
 def measure(
-    case: Case, copy: CopyLimit, *, rounds: int = 15, seed: int = 0, min_sample: float = 2e-3
+    case: Case,
+    copy: CopyLimit,
+    *,
+    matrix: MatrixLimit | None = None,
+    rounds: int = 15,
+    seed: int = 0,
+    min_sample: float = 2e-3,
 ) -> Result:
     """Gates and times one case; `min_sample` is the shortest sample in seconds."""
     result = Result(case)
@@ -236,16 +324,21 @@ def measure(
             try:
                 racers[provider] = Racer(workload.calls(provider), min_sample)
             except Exception as error:
-                result.red[provider] = f"{type(error).__name__}: {error}"
+                result.red[provider] = f"{type(error).__name__}: {_first_line(error)}"
         if not racers:
             return result
-        copy.sample()
+        probes = {COPY: (copy, result.copy_gbps)}
+        if matrix is not None:
+            probes[MATRIX] = (matrix, result.matrix_gflops)
+        for probe, _ in probes.values():
+            probe.sample()
         seconds = {provider: [] for provider in racers}
         position = 0
-        for order in orders([*racers, COPY], rounds, f"{seed}/{case.name}/{case.threads}"):
+        for order in orders([*racers, *probes], rounds, f"{seed}/{case.name}/{case.threads}"):
             for name in order:
-                if name == COPY:
-                    result.copy_gbps.append(copy.sample())
+                if name in probes:
+                    probe, samples = probes[name]
+                    samples.append(probe.sample())
                 else:
                     seconds[name].append(racers[name].sample(position))
                     position += racers[name].inner

@@ -4,9 +4,27 @@ ResNet-v2 with pre-activation bottlenecks (paper, section 3.1 and its release): 
 and 3x3 pool stride 2, then four blocks of units; the stride is on the 3x3 of a block's first unit.
 """
 
+import re
 from dataclasses import dataclass
 
-UNITS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+UNITS = {
+    14: (1, 1, 1, 1),
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+def parse(name: str) -> tuple[int, float]:
+    """Depth and width of "R{depth}x{width}"; ValueError for a name that isn't one."""
+    match = re.fullmatch(r"R(\d+)x(\d+(?:\.\d+)?)", name)
+    if match is None or int(match[1]) not in UNITS or 64 * float(match[2]) % 4:
+        raise ValueError(
+            f"name is {name!r}; it may be R<depth>x<width>, with a depth of "
+            f"{', '.join(map(str, UNITS))} and a width that is a multiple of 1/16"
+        )
+    return int(match[1]), float(match[2])
 
 
 @dataclass(frozen=True)

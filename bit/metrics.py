@@ -1,4 +1,4 @@
-"""The losses, and the scores of a network on the images of a split."""
+"""The scores of a network on the images of a split."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from bit.data import Split, eval_batches
+from bit_kernels.data import mixup_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,6 @@ class Metrics:
     def from_dict(cls, tree: dict[str, Any]) -> Metrics:
         """Rebuild from `dataclasses.asdict`, by way of JSON or not."""
         return cls(**tree | {"per_class": tuple(tree["per_class"])})
-
-
-def summed_loss(
-    logits: Tensor, labels_a: Tensor, labels_b: Tensor, lam: float, kind: str
-) -> Tensor:
-    """Return lam * L(logits, a) + (1 - lam) * L(logits, b), summed over the images.
-
-    logits: (N, K), computed in float32. kind "softmax" is cross-entropy; "sigmoid" is binary
-    cross-entropy of each of the K classes, summed over them.
-    """
-    logits = logits.float()
-    if kind == "softmax":
-        loss = lam * F.cross_entropy(logits, labels_a, reduction="sum")
-        if lam != 1.0:
-            loss = loss + (1 - lam) * F.cross_entropy(logits, labels_b, reduction="sum")
-        return loss
-    # The targets y are linear in lam and BCE = softplus(z) - y z is linear in y, so only the
-    # logits of the two labels are needed, not an (N, K) target.
-    positive = lam * logits.gather(1, labels_a[:, None])
-    if lam != 1.0:
-        positive = positive + (1 - lam) * logits.gather(1, labels_b[:, None])
-    return F.softplus(logits).sum() - positive.sum()
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
@@ -86,7 +64,8 @@ def evaluate(
             images, labels = images.to(device), labels.to(device)
             with autocast(device, dtype):
                 logits = model(images)
-            total_loss += summed_loss(logits, labels, labels, 1.0, loss).item()
+            targets = labels, labels, 1.0
+            total_loss += mixup_cross_entropy(logits, targets, loss=loss, reduction="sum").item()
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             matches = (best == labels[:, None]).cpu()
             rank_hits[: matches.shape[1]] += matches.sum(0)

@@ -187,7 +187,7 @@ class Root(nn.Module):
 
 
 def _max_pool(x: Tensor) -> Tensor:
-    """F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2), keeping for backward no map but its result.
+    """F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2), keeping its result and indices for backward.
 
     A border of zeros, where max_pool2d(padding=1) has one of -inf: no activation comes before the
     pool, so x has negative values and a zero can win.
@@ -225,7 +225,9 @@ class _MaxPool(torch.autograd.Function):
         ):
             border.masked_fill_(values == 0, 0)
         # The op asks the map for its shape and layout only.
-        like = grad.new_empty(ctx.shape).contiguous(memory_format=ctx.layout)
+        like = torch.empty(
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout
+        )
         return torch.ops.aten.max_pool2d_with_indices_backward(
             grad, like, *_MaxPool.WINDOW, indices
         )

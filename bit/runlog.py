@@ -1,9 +1,10 @@
 """What a run tells while it goes: a progress bar, log.jsonl, TensorBoard and a picture.
 
 log.jsonl has one JSON object a line, told apart by `kind`:
-    train   step, loss, lr, images_per_s, seconds
+    train   step, loss, lr, images_per_s, data_share, seconds
     eval    step, split, loss, top1, top5, mean_per_class, images, seconds
-`step` counts finished updates; `seconds` is the run's own time, over all its sittings.
+`step` counts finished updates; `seconds` is the run's own time, over all its sittings;
+`data_share` is the share of the update's time in which it waited for its images, 0 to 1.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class RunLog:
             dynamic_ncols=True,
         )
         self._start, self._last_line, self._training = start, self._began, 0.0
+        self._waited = 0.0
 
     def __enter__(self) -> RunLog:
         return self
@@ -83,17 +85,31 @@ class RunLog:
         """Seconds spent on the run so far, over all sittings."""
         return self._earlier + time.monotonic() - self._began
 
-    def train(self, step: int, loss: float, lr: float) -> None:
-        """Record update number `step` (1 for the first)."""
+    def train(self, step: int, loss: float, lr: float, waited: float) -> None:
+        """Record update number `step` (1 for the first), which waited so many s for its images."""
         now = time.monotonic()
-        rate = self.batch / max(now - self._last_step, 1e-9)
-        self._training += now - self._last_step
+        spent = max(now - self._last_step, 1e-9)
+        rate, share = self.batch / spent, min(waited / spent, 1.0)
+        self._training += spent
+        self._waited += waited
         self._last_step = now
         self._write(
-            {"kind": "train", "step": step, "loss": loss, "lr": lr, "images_per_s": round(rate, 1)}
+            {
+                "kind": "train",
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "images_per_s": round(rate, 1),
+                "data_share": round(share, 4),
+            }
         )
         if self._board:
-            for name, value in (("train/loss", loss), ("lr", lr), ("images_per_s", rate)):
+            for name, value in (
+                ("train/loss", loss),
+                ("lr", lr),
+                ("images_per_s", rate),
+                ("data_share", share),
+            ):
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix_str(f"step {step}/{self.total} loss {loss:.3f}", refresh=False)
         self._bar.update(self.batch)
@@ -103,7 +119,8 @@ class RunLog:
             left = (self.total - step) * (now - self._began) / done
             self.say(
                 f"step {step}/{self.total}  loss {loss:.4f}  lr {lr:.2g}  "
-                f"{done * self.batch / self._training:.0f} images/s  {_clock(left)} left"
+                f"{done * self.batch / self._training:.0f} images/s  "
+                f"{self._waited / self._training:.1%} waiting for data  {_clock(left)} left"
             )
 
     def evaluated(self, step: int, split: str, scores: Metrics) -> None:

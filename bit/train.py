@@ -28,11 +28,14 @@ from torch import nn
 from bit import checkpoint, hyperrule, models, state
 from bit.config import Config, check, resolve
 from bit.data import Augment, Batch, Dataset, Split, TrainBatches
+from bit.data.threads import Clock
 from bit.folder import check_folder, write_config
 from bit.interrupt import StopSignals
-from bit.metrics import Metrics, autocast, evaluate, summed_loss
+from bit.metrics import Metrics, autocast, evaluate
 from bit.runlog import RunLog
 from bit.task import Task, check_same_classes, load_dataset, make_task
+from bit_kernels.data import mixup_cross_entropy
+from bit_kernels.optim import SGD
 
 SIGMOID_HEAD_BIAS = -10.0  # at 0, 21,843 classes would start at a loss of 21,843 ln 2 an image
 
@@ -150,6 +153,7 @@ class Trainer:
             mixup_alpha=schedule.mixup,
             workers=settings.workers,
         )
+        self.data_clock = Clock()
 
     def restore(self) -> None:
         """Go on from the state in the run's folder, where the config says so and there is one."""
@@ -168,7 +172,8 @@ class Trainer:
         if start and start % settings.eval_every == 0 and progress.evaluated < start < total:
             self.evaluate(log, stop)  # a signal came before this evaluation
         self.model.train()
-        for step, batch in enumerate(self.batches.iterate(start, total), start):
+        batches = self.data_clock.timed(self.batches.iterate(start, total))
+        for step, batch in enumerate(batches, start):
             if stop:
                 break
             lr = hyperrule.learning_rate(
@@ -176,7 +181,7 @@ class Trainer:
             )
             loss = self.update(batch, lr)
             progress.step = step + 1
-            log.train(progress.step, loss, lr)
+            log.train(progress.step, loss, lr, self.data_clock.lap())
             if progress.step < total and not stop:
                 if progress.step % settings.eval_every == 0:
                     self.evaluate(log, stop)
@@ -195,12 +200,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        for images, labels_a, labels_b in batch.micro(schedule.micro_batch):
+        for images, labels_a, labels_b in self.data_clock.timed(batch.micro(schedule.micro_batch)):
             images = images.to(settings.device)
             labels_a, labels_b = labels_a.to(settings.device), labels_b.to(settings.device)
             with autocast(settings.device, settings.dtype):
                 logits = self.model(images)
-            loss = summed_loss(logits, labels_a, labels_b, batch.lam, schedule.loss) / size
+            targets = labels_a, labels_b, batch.lam
+            loss = mixup_cross_entropy(logits, targets, loss=schedule.loss, reduction="sum") / size
             loss.backward()
             total_loss += loss.detach()
         mean_loss = total_loss.item()
@@ -343,16 +349,20 @@ def build(config: Config, num_classes: int) -> nn.Module:
     return model.to(settings.device, memory_format=layout)
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD whose weight decay reaches kernels (convolutions and head), not gains and biases."""
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+def make_optimizer(model: nn.Module, config: Config) -> SGD:
+    """SGD whose weight decay reaches kernels (convolutions and head), not gains and biases.
+
+    It keeps the standardized weights of the convolutions, in the dtype that they are used in.
+    """
     schedule = config.schedule
-    groups = [
-        {"params": kernels, "weight_decay": schedule.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=schedule.base_lr, momentum=schedule.momentum, fused=True)
+    return SGD(
+        model.parameters(),
+        lr=schedule.base_lr,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        model=model,
+        dtype=torch.bfloat16 if config.run.dtype == "bfloat16" else None,
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Fused kernels for networks with GroupNorm and weight-standardized convolutions.
 
 `StdConv2d` and `GroupNorm` are drop-ins for nn.Conv2d and nn.GroupNorm, `norm_relu_conv` runs one
-after the other in half the memory, `convert` puts them into anybody's network, `freeze` makes one
-ready for inference, `functional` holds the functions beneath them, `backends()` tells what serves
-them on this machine.
+after the other and keeps only what goes in for backward, `convert` puts them into anybody's network,
+`optim.SGD` keeps their weights standardized in its step, `freeze` makes a network ready for
+inference. `functional` holds the functions beneath, `backends()` tells what serves them here.
 """
 
-from bit_kernels import functional
+from bit_kernels import functional, optim
 from bit_kernels.backends import backends
 from bit_kernels.convert import convert
 from bit_kernels.freeze import freeze
@@ -20,5 +20,6 @@ __all__ = [
     "freeze",
     "functional",
     "norm_relu_conv",
+    "optim",
 ]
 __version__ = "0.1.0"

@@ -29,6 +29,8 @@ def lines() -> list[str]:
             f"built with    {native.compiler()}",
             f"kernels       {native.isa()} (BIT_KERNELS_ISA={os.environ.get('BIT_KERNELS_ISA', '')})",
         ]
+    data = _library.data
+    rows.append(f"data          {data.__file__ if data else f'missing: {_library.why_not_data}'}")
     cuda = torch.version.cuda or "none: this torch is built without it"
     rows.append(f"CUDA          {cuda}; nvcc {shutil.which('nvcc') or 'not found'}")
     for op, report in bit_kernels.backends().items():

@@ -1,4 +1,8 @@
-"""Is the native library there, and if not, why, in one sentence."""
+"""Are the native libraries there, and if not, why, in one sentence.
+
+`native` holds torch's ops, `data` what takes NumPy arrays; None where `why_not` or `why_not_data`
+says why.
+"""
 
 import importlib
 from pathlib import Path
@@ -6,17 +10,18 @@ from types import ModuleType
 
 import torch  # noqa: F401  its libraries must be loaded before ours
 
+_AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
-def _load() -> tuple[ModuleType | None, str | None]:
+
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("bit_kernels._native"), None
+        return importlib.import_module(f"bit_kernels.{name}"), None
     except ModuleNotFoundError as error:
-        if error.name != "bit_kernels._native":
+        if error.name != f"bit_kernels.{name}":
             raise
     except ImportError as error:
         return None, (
-            f"the native library was built but does not load ({error}); "
-            "build it again: pip install --no-build-isolation --force-reinstall --no-deps ."
+            f"the native library was built but does not load ({error}); build it again: {_AGAIN}"
         )
     root = Path(__file__).parent.parent
     if (root / "csrc").is_dir():
@@ -25,9 +30,16 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "run: make setup"
         )
     return None, (
-        "this installation was made without a C++ compiler; install one and run: "
-        "pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"this installation was made without a C++ compiler; install one and run: {_AGAIN}"
     )
 
 
-native, why_not = _load()
+native, why_not = _load("_native")
+data, why_not_data = _load("_data")
+if native is None:  # whose threads it works on
+    data, why_not_data = None, why_not
+elif data is None:
+    why_not_data = (
+        "bit_kernels._data was built without pybind11 or for another Python; run: "
+        f"pip install pybind11, then {_AGAIN}"
+    )

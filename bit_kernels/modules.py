@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bit_kernels import _recompute, functional, reference
+from bit_kernels._kept import KeptWeight, take
+from bit_kernels.ops._library import autocast_dtype
 from bit_kernels.ops.norm_relu_conv import Conv, Norm
 
 
@@ -26,19 +28,42 @@ class StdConv2d(nn.Conv2d):
     arXiv 1903.10520; eps inside the root and the biased variance as in Big Transfer's release).
     The parameter stays the raw kernel, so a state_dict of nn.Conv2d loads and back.
 
+    Under a bit_kernels.optim.SGD that was given this layer's model the standardized kernel is taken
+    from the optimizer, and `weight.grad` is then the gradient of the standardized kernel.
+
     Shapes: input (N, C_in, H, W) or (C_in, H, W), output as nn.Conv2d's.
     """
+
+    _kept: KeptWeight | None = None  # put here by the optimizer
 
     def __init__(self, *args, eps: float = 1e-10, **kwargs):
         super().__init__(*args, **kwargs)
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
+        kept = _kept_weight(self)
         found = _recompute.normalised(self, input)
         if found is not None:
-            return _recompute.convolve(self, input, found, self.eps)
-        weight = functional.standardize_weight(self.weight, self.eps)
+            return _recompute.convolve(self, input, found, self.eps, kept)
+        if kept is None:
+            weight = functional.standardize_weight(self.weight, self.eps)
+        else:
+            weight = take(self.weight, kept)
         return self._conv_forward(input, weight, self.bias)
+
+    def kept_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The standardized kernel that an optimizer keeps, without gradient; None if none does.
+
+        It is in `dtype` and up to date with `weight`. Whoever uses it must pass the gradient with
+        respect to it on to `weight` as it is: the optimizer projects it.
+        """
+        kept = self._kept
+        if kept is None or kept.parameter is not self.weight:  # another in functional_call
+            return None
+        if torch.compiler.is_compiling():
+            # A graph can't ask whether the weight has changed, so it standardizes for itself.
+            return functional.standardize_weight(self.weight.detach(), self.eps).to(dtype)
+        return kept.in_dtype(dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -179,8 +204,17 @@ def norm_relu_conv(
 
 
 def _tensors_of(conv: nn.Conv2d) -> Conv:
-    eps = conv.eps if isinstance(conv, StdConv2d) else None
-    return Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, eps)
+    eps, kept = (conv.eps, _kept_weight(conv)) if isinstance(conv, StdConv2d) else (None, None)
+    return Conv(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, eps, kept
+    )
+
+
+def _kept_weight(conv: StdConv2d) -> Tensor | None:
+    """`conv.kept_weight` in the dtype that a convolution computes in now."""
+    if conv._kept is None:
+        return None
+    return conv.kept_weight(autocast_dtype(conv.weight) or conv.weight.dtype)
 
 
 def _fusible(norm: nn.GroupNorm, *convs: nn.Conv2d | None) -> bool:

@@ -4,6 +4,8 @@ Every kernel of this package is tested against these functions in float64, and w
 can serve a call these functions serve it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,23 @@ def standardize_weight(
     return rows.to(dtype or weight.dtype) if half or dtype else rows
 
 
+def mixup(images, lam, partner, crop, corners, flips, mean, std, dtype: torch.dtype) -> Tensor:
+    """lam * x[i] + (1 - lam) * x[partner[i]] of cropped, flipped and normalised uint8 images.
+
+    Arguments as `functional.mixup`'s, none of them None, in NumPy arrays of full length.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    lam, mean, std = (torch.tensor(values, dtype=wide) for values in (lam, mean, std))
+    (height, width), pixels = crop, []
+    for image, (top, left), flip in zip(images, corners, flips, strict=True):
+        cut = torch.tensor(image[top : top + height, left : left + width])
+        pixels.append(cut.flip(1) if flip else cut)
+    normal = (torch.stack(pixels).to(wide) / 255 - mean) / std
+    lam = lam.reshape(-1, 1, 1, 1)
+    mixed = lam * normal[: len(partner)] + (1 - lam) * normal[torch.tensor(partner)]
+    return mixed.to(dtype).permute(0, 3, 1, 2)
+
+
 def norm_relu_conv(input: Tensor, norm, convs, residual: Tensor | None = None) -> list[Tensor]:
     """Each convolution of group_norm_relu(input); `residual` is added to the first's result.
 
@@ -78,6 +97,58 @@ def norm_relu_conv(input: Tensor, norm, convs, residual: Tensor | None = None) -
     if residual is not None:
         outputs[0] = outputs[0] + residual
     return outputs
+
+
+def project_gradient(grad: Tensor, weight: Tensor, eps: float = 1e-10) -> Tensor:
+    """The gradient of a weight from that of its standardized form: standardization's backward.
+
+    rstd * (g - mean(g) - wh * mean(g * wh)) for each output channel, wh the standardized weight.
+    Half types are computed in float32.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    g, w = grad.to(wide), weight.to(wide)
+    axes = tuple(range(1, weight.dim()))
+    var, mean = torch.var_mean(w, axes, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    normal = (w - mean) * rstd
+    along = (g * normal).mean(axes, keepdim=True)
+    return (rstd * (g - g.mean(axes, keepdim=True) - normal * along)).to(grad.dtype)
+
+
+def sgd(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] = (),
+    standardized: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    fresh: bool = False,
+    project: bool = False,
+    eps: float = 1e-10,
+) -> None:
+    """torch.optim.SGD's update in place, then `standardized` made anew from the weights.
+
+    With `project` the gradients are those of `standardized`. Momenta that are fresh are set to the
+    first gradient.
+    """
+    with torch.no_grad():
+        for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+            g = project_gradient(grad, w, eps) if project else grad
+            g = -g if maximize else g
+            if weight_decay != 0:
+                g = g.add(w, alpha=weight_decay)
+            if momentum != 0:
+                m = momenta[i]
+                m.copy_(g) if fresh else m.mul_(momentum).add_(g, alpha=1 - dampening)
+                g = g.add(m, alpha=momentum) if nesterov else m
+            w.add_(g, alpha=-lr)
+            if standardized:
+                standardized[i].copy_(standardize_weight(w, eps))
 
 
 def gradients(function, inputs, grad_outputs) -> list[Tensor | None]:

@@ -11,6 +11,8 @@
   gate_gradient  (inputs, gradient) -> the gradient with which the gate compares backward
   passes       (case, itemsize, threads, l2_bytes) -> times that a tensor of the large input's
                size must be read or written
+
+Optimizers have neither forward nor backward: `benchmarks/ops/sgd.py` declares its cases whole.
 """
 
 import functools
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.ops import sgd
 from benchmarks.runner import Case
 
 OPS = ("group_norm_relu", "standardize_weight")
@@ -58,7 +61,7 @@ def cases(
         for dtype in dtypes
         for count in threads
         if case.quick or not quick
-    ]
+    ] + sgd.cases(threads=threads, dtypes=dtypes, quick=quick, compiled=compiled)
 
 
 def _declaration(op: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """Images with labels: data sets by name or path, few-shot subsets, batches."""
 
 from bit.data import digits, fashion_mnist, folder  # noqa: F401  (each registers itself)
-from bit.data.batches import Augment, Batch, TrainBatches, eval_batches, normalize
+from bit.data.batches import Augment, Batch, TrainBatches, eval_batches
 from bit.data.dataset import Dataset, Options, Split, load, names, register
 from bit.data.images import CorruptImage
 from bit.data.subsets import few_shot, split_off
@@ -18,7 +18,6 @@ __all__ = [
     "few_shot",
     "load",
     "names",
-    "normalize",
     "register",
     "split_off",
 ]

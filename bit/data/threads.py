@@ -1,5 +1,6 @@
-"""Work done ahead of its consumer by threads, in order."""
+"""Work done ahead of its consumer by threads, in order, and how long the consumer waits for it."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,3 +37,28 @@ def _in_order(
         finally:
             for future in pending:
                 future.cancel()
+
+
+class Clock:
+    """Adds up the seconds that a consumer waits for the next item of what it iterates over."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, timed."""
+        iterator = iter(items)
+        while True:
+            began = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._seconds += time.perf_counter() - began
+            yield item
+
+    def lap(self) -> float:
+        """Seconds waited since the last lap."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

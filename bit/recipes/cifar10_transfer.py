@@ -14,6 +14,9 @@ def config() -> Study:
     Result    hand signs 75.6 %, blood cells 94.5 %, Omniglot alphabets 46.2 % mean per class, and
               70.7, 89.2 and 35.1 from scratch (benchmarks/results/cifar10-transfer.csv)
 
+    These are of ranges of learning rates one step lower than below, where the chosen ones lay at
+    the upper end.
+
     Against the same network from scratch, with the same images, updates and schedule, and its
     learning rate chosen on validation images likewise; 3 seeds.
     """

@@ -153,7 +153,7 @@ def _run(input, norm, convs, residual, next_norm, compiling, native):
         if shift is not None:
             tensors.append(shift)
         if standardized is not None:
-            tensors.append(standardized)
+            tensors.append(standardized.detach())  # its gradient is the weight's
         geometry += (
             *stride, *padding, *dilation, groups, shift is not None, standardized is not None
         )  # fmt: skip
@@ -205,10 +205,15 @@ def _check(input, norm, convs, residual, next_norm):
     if residual is None:
         return
     shape = _output_shape(input, convs[0])
-    if tuple(residual.shape) != shape or residual.device != input.device:
+    if (
+        tuple(residual.shape) != shape
+        or residual.device != input.device
+        or residual.dtype != input.dtype
+    ):
         raise ValueError(
-            f"residual has shape {tuple(residual.shape)} on {residual.device}; with this input and "
-            f"convolution it must be {shape} on {input.device}"
+            f"residual has shape {tuple(residual.shape)} and is {residual.dtype} on "
+            f"{residual.device}; with this input and convolution it must be {shape}, "
+            f"{input.dtype} on {input.device}"
         )
     if next_norm is not None and (next_norm[0] <= 0 or shape[1] % next_norm[0] != 0):
         raise ValueError(
@@ -301,7 +306,6 @@ def _gradients(
             native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu,
             geometry, weight_eps,
         )  # fmt: skip
-    # Of a kept standardized weight nothing is wanted: its gradient is the weight's.
     arguments = (
         grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
         weight_eps,

@@ -75,19 +75,34 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
+// GCC takes bytes apart one by one where it is left to itself.
+inline Vec load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(__SSE2__)
+  const __m128i bytes = _mm_loadu_si32(p), zero = _mm_setzero_si128();
+  return (Vec)_mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero));
+#else
+  return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+#endif
+}
+
 inline Vec load(const BFloat16* p) {
   HalfBits half;
   memcpy(&half, p, sizeof half);
   return (Vec)(__builtin_convertvector(half, Bits) << 16);
 }
 
-inline HalfBits to_bfloat16(Vec v) {
+inline Bits to_bfloat16_bits(Vec v) {
   Bits bits = (Bits)v;
   Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   Bits quiet_nan = Bits{} + 0x7fc0u;
-  rounded = v != v ? quiet_nan : rounded;
-  return __builtin_convertvector(rounded, HalfBits);
+  return v != v ? quiet_nan : rounded;
 }
+
+inline HalfBits to_bfloat16(Vec v) { return __builtin_convertvector(to_bfloat16_bits(v), HalfBits); }
 
 #if defined(__AVX512F__)
 inline Vec load(const Float16* p) {
@@ -181,6 +196,29 @@ inline void stream(Half* p, Vec v) {
 #endif
 }
 
+// Two vectors of a half type, of which one alone would fill half a store. `p` as above.
+template <class Half>
+inline void stream(Half* p, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_castsi256_si512((__m256i)narrow(p, a));
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(low, (__m256i)narrow(p, b), 1));
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, _mm256_set_m128i((__m128i)narrow(p, b), (__m128i)narrow(p, a)));
+#else
+  store(p, a);
+  store(p + kLanes, b);
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// One packing for both.
+inline void stream(BFloat16* p, Vec a, Vec b) {
+  const __m256i packed =
+      _mm256_packus_epi32((__m256i)to_bfloat16_bits(a), (__m256i)to_bfloat16_bits(b));
+  _mm256_stream_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+#endif
+
 // While one run of memory is written, memory can already be asked for what is read next: how far
 // ahead that is for runs of `n` elements, whole runs and at least 8 kB; 0 for runs so long that
 // the second-level cache can't hold two of them.
@@ -267,8 +305,14 @@ inline void write_run(T* y, int64_t n, const F& f) {
     if (i < head) store_first(y + i, f(i, Part{head - i}), head - i);
     i = head;
     constexpr int64_t kLine = kLineBytes / sizeof(T);
-    for (; i + kLine <= n; i += kLine)
-      for (int64_t k = 0; k < kLine; k += kLanes) stream(y + i + k, f(i + k, Whole{}));
+    for (; i + kLine <= n; i += kLine) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        for (int64_t k = 0; k < kLine; k += kLanes) stream(y + i + k, f(i + k, Whole{}));
+      } else {
+        for (int64_t k = 0; k < kLine; k += 2 * kLanes)
+          stream(y + i + k, f(i + k, Whole{}), f(i + k + kLanes, Whole{}));
+      }
+    }
   }
   for (; i + kLanes <= n; i += kLanes) store(y + i, f(i, Whole{}));
   if (i == n) return;

@@ -1,9 +1,7 @@
 // Which build of the kernels this processor runs, and their loop over torch's threads.
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <string>
-
+#include "../common/isa.h"
 #include "../common/parallel.h"
 #include "kernels.h"
 
@@ -23,16 +21,9 @@ extern const Kernels kKernels;
 
 static const Kernels& choose() {
 #if defined(__x86_64__)
-  // For tests and bug reports: a slower build than the processor's best.
-  const char* limit = std::getenv("BIT_KERNELS_ISA");
-  const std::string wanted = limit ? limit : "avx512";
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && wanted == "avx512") return avx512::kKernels;
-  if (has_avx2 && wanted != "baseline") return avx2::kKernels;
+  const Isa isa = best_isa();
+  if (isa == Isa::kAvx512) return avx512::kKernels;
+  if (isa == Isa::kAvx2) return avx2::kKernels;
 #endif
   return baseline::kKernels;
 }

@@ -1,6 +1,7 @@
 // Every CPU kernel for one instruction set. setup.py compiles this file once for each of them,
 // with BIT_KERNELS_ISA its name and the compiler's flags for it.
 #include "group_norm_relu_kernel.h"
+#include "sgd_kernel.h"
 #include "standardize_weight_kernel.h"
 
 #define BIT_KERNELS_STRING_(name) #name
@@ -19,6 +20,8 @@ const Kernels kKernels = {
     group_norm_relu_backward,
     standardize_weight,
     standardize_weight_backward,
+    sgd,
+    sgd_gradient_squares,
 };
 
 }  // namespace BIT_KERNELS_ISA

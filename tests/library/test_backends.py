@@ -36,13 +36,18 @@ def test_small_tensors_stay_with_pytorch(monkeypatch):
     assert backends.choose("group_norm_relu", small) == "reference"
     assert backends.choose("group_norm_relu", large) == "cpp"
     assert backends.choose("group_norm_relu", small, "cpp") == "cpp"
+    weight = torch.zeros(4, 3, 3, 3)
+    monkeypatch.setitem(backends.small_elements, "standardize_weight", 1000)
+    assert backends.choose("standardize_weight", weight) == "reference"
+    with torch.no_grad():
+        assert backends.choose("standardize_weight", weight) == "cpp"
     channels_last = small.to(memory_format=torch.channels_last)
     assert backends.choose("group_norm_relu", channels_last) == "cpp"
 
 
 def test_report():
     report = bit_kernels.backends()
-    assert set(report) == {"group_norm_relu", "norm_relu_conv", "standardize_weight"}
+    assert set(report) == {"group_norm_relu", "mixup", "norm_relu_conv", "sgd", "standardize_weight"}
     for cases in report.values():
         assert cases["cpu float32"].startswith("cpp (")
         assert "float64" in cases["cpu float64"]
@@ -67,6 +72,8 @@ import bit_kernels
 layer = bit_kernels.GroupNorm(2, 4, activation="relu")
 layer(bit_kernels.StdConv2d(3, 4, 3)(torch.randn(1, 3, 6, 6))).sum().backward()
 layer(bit_kernels.StdConv2d(3, 4, 3)(torch.randn(1, 3, 6, 6)))
+for _ in range(2):
+    bit_kernels.functional.mixup(torch.zeros(2, 5, 5, 3, dtype=torch.uint8), 0.5, [1, 0])
 op = torch.ops.bit_kernels.group_norm_relu(torch.randn(2, 4, 3), 2, None, None, 1e-5, True)
 print("works", op[0].shape)
 """
@@ -84,7 +91,8 @@ def test_without_the_native_library(tmp_path, has_sources, remedy):
     told = python(ALONE + USE, tmp_path, PYTHONPATH=str(tmp_path))
     assert "works torch.Size([2, 4, 3])" in told
     assert told.count("group_norm_relu runs as plain PyTorch") == 1
-    assert told.count(remedy) == 2  # once an op
+    assert told.count("mixup runs as plain PyTorch") == 1
+    assert told.count(remedy) == 3  # once an op
     show = "import runpy; runpy.run_module('bit_kernels', run_name='__main__')"
     state = subprocess.run(
         [sys.executable, "-c", ALONE + show], cwd=tmp_path, capture_output=True, text=True
@@ -97,8 +105,8 @@ def test_slower_instruction_sets_agree(isa, tmp_path):
     """The builds that other processors run, against this processor's own, in one small network."""
     code = """
 import torch
-from bit_kernels.functional import group_norm_relu, standardize_weight
-import bit_kernels._native
+from bit_kernels.functional import group_norm_relu, mixup, standardize_weight
+import bit_kernels._native, numpy
 torch.manual_seed(0)
 out = []
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -109,10 +117,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             y = group_norm_relu(x, 4, w, torch.ones_like(w), backend="cpp")
             k = standardize_weight(x, backend="cpp")
             out += [y, k, *torch.autograd.grad((y * y).sum() + (k * y).sum(), (x, w))]
+bytes = numpy.random.default_rng(0).integers(0, 256, (3, 9, 21, 3), dtype=numpy.uint8)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for channels in (1, 2, 3):
+        options = dict(partner=[2, 1, 0], crop=(7, 19), flips=[True, False, False], dtype=dtype)
+        out.append(mixup(bytes[..., :channels], 0.3, **options, backend="cpp"))
 # Largest and smallest half, subnormal halves, ties: the conversions without an instruction.
 edge = torch.tensor([[65504.0, 6e-8, 1e-7, -3e-5, 2049.0, 2051.0, 0.0, -0.0]]).half()
 out.append(standardize_weight(edge, backend="cpp"))
-import numpy
 numpy.savez(PATH, *[t.detach().float().numpy() for t in out])
 print(bit_kernels._native.isa())
 """

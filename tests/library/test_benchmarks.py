@@ -4,6 +4,7 @@ Times here are of fake rivals; nothing asserts how fast anything is.
 """
 
 import csv
+import dataclasses
 import functools
 import math
 import subprocess
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import machine, ops, report, runner
-from benchmarks.ops import group_norm_relu, standardize_weight
+from benchmarks import machine, ops, report, runner, tables
+from benchmarks.ops import group_norm_relu, mixup, standardize_weight
 from benchmarks.runner import (
     Case,
     CopyLimit,
@@ -89,7 +90,7 @@ def test_gate_refuses_wrong_rivals_and_they_get_no_row(copy):
     assert set(result.seconds) == {"close", "unfused"}
     assert {row.provider for row in report.rows(result, RUN)} == {"close", "unfused"}
     shown = "\n".join(report.lines(result))
-    assert "wrong             NO FIGURE: output is off by 0.001" in shown
+    assert f"{'wrong':<30}NO FIGURE: output is off by 0.001" in shown
     assert "2 without a figure:" in report.summary([result])
 
 
@@ -171,7 +172,7 @@ def test_rows_and_their_arithmetic():
     assert (time_ms.p20, time_ms.p50, time_ms.p80) == pytest.approx((0.14, 0.2, 0.26))
     # 2 MB in 0.2 ms are 10 GB/s, half of the copy; a short time is a large share.
     share = rows["ours", "share_of_copy"]
-    assert (share.p20, share.p50, share.p80) == pytest.approx((5 / 13, 0.5, 5 / 7), rel=1e-4)
+    assert (share.p20, share.p50, share.p80) == pytest.approx((0.4, 0.5, 0.8), rel=1e-4)
     speedup = rows["ours", "speedup"]
     assert (speedup.p50, speedup.unit) == (2.0, "x unfused")
     assert speedup.p20 < 2.0 < speedup.p80
@@ -182,6 +183,51 @@ def test_rows_and_their_arithmetic():
         20.0,
         "GB/s",
     )
+
+
+def test_ratios_over_the_fastest_limit_are_of_pairs():
+    case = fake_case("ours", "unfused", "limit_a", "limit_b", limits=("limit_a", "limit_b"))
+    seconds = {
+        "ours": [2.0, 4.0, 6.0],
+        "unfused": [4.0, 4.0, 4.0],
+        "limit_a": [1.0, 2.0, 4.0],
+        "limit_b": [3.0, 3.0, 3.0],
+    }
+    result = Result(dataclasses.replace(case, images=8), seconds)
+    assert result.limit() == "limit_a"
+    low, ratio, high = result.times_limit("ours")
+    assert ratio == 2.0  # of medians; of the pairs 2, 2 and 1.5
+    assert (low, high) == pytest.approx((1.7, 2.0))
+    rows = {(row.provider, row.metric): row for row in report.rows(result, RUN)}
+    assert rows["ours", "times_limit"].unit == "x limit_a"
+    assert ("limit_a", "times_limit") not in rows
+    rates = rows["ours", "images_per_s"]
+    assert rates.p50 == 2.0 and rates.p20 < 2.0 < rates.p80
+
+
+def test_rivals_of_another_network_are_measured_by_their_own_reference():
+    class TwoNetworks(FakeWorkload):
+        def reference(self):
+            return {"doubled": 2 * self._x.double(), "tripled": 3 * self._x.double()}
+
+        def outputs(self, provider):
+            factor, name = (3, "tripled") if "tripl" in provider else (2, "doubled")
+            return {name: (factor + (provider == "triples_badly")) * self._x}
+
+    names = ("unfused", "tripled", "triples", "triples_badly", "doubles")
+    plain = dict.fromkeys(("tripled", "triples", "triples_badly"), "tripled")
+    case = fake_case(*names, plain=plain)
+    assert set(gate(case, TwoNetworks())) == {"triples_badly"}
+    red = gate(dataclasses.replace(case, plain={"tripled": "tripled"}), TwoNetworks())
+    assert red["triples"] == "gives no doubled"
+
+
+def test_gate_gives_room_where_a_case_asks_for_it():
+    case = fake_case("wrong", "unfused")
+    assert set(gate(case, FakeWorkload())) == {"wrong"}
+    # 0.001 of 2.
+    assert gate(dataclasses.replace(case, room=1e-3), FakeWorkload()) == {}
+    assert set(gate(dataclasses.replace(case, room=4e-4), FakeWorkload())) == {"wrong"}
 
 
 def test_no_share_without_a_floor():
@@ -262,6 +308,24 @@ def test_cases_of_the_ops_suite():
             assert any(name.startswith(f"{op}/{why}/") for name in by_name)
 
 
+def test_cases_of_the_optimizer():
+    cases = ops.cases(threads=[1], dtypes=["float32"])
+    steps = {case.name: case for case in cases if case.name.startswith("sgd/")}
+    weights = 23_454_912
+    assert steps["sgd/r50x1/plain/step"].necessary_bytes == 5 * 4 * weights
+    assert steps["sgd/r50x1/standardized-float32/step"].necessary_bytes == 6 * 4 * weights
+    assert steps["sgd/r50x1/standardized-bfloat16/step"].necessary_bytes == 22 * weights
+    assert not [c for c in ops.cases(threads=[1], dtypes=["bfloat16"]) if c.name[:3] == "sgd"]
+    for kept in ("plain", "standardized-float32", "standardized-bfloat16"):
+        case = steps[f"sgd/tiny/{kept}/step"]
+        workload = case.prepare()
+        assert gate(case, workload) == {}
+        assert ("standardized" in workload.reference()) == (kept != "plain")
+        for provider in case.providers:
+            for call in workload.calls(provider):
+                call()
+
+
 @pytest.mark.parametrize(
     "nbytes, forward, backward",
     [
@@ -298,6 +362,25 @@ def test_every_rival_passes_the_gate(op, shape, layout, direction, dtype, monkey
         assert large.dtype == ops.DTYPES[dtype]
         again = calls[1]()  # a backward can be run as often as rounds need it
         assert torch.equal(large, again if direction == "forward" else again[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("partner", mixup.PARTNERS)
+def test_every_rival_makes_the_same_batch(partner, dtype, monkeypatch):
+    for name, value in {"COUNT": 8, "SIDE": 20, "CROP": 16, "ROTATED_BYTES": 1 << 14}.items():
+        monkeypatch.setattr(mixup, name, value)
+    (case,) = [
+        case
+        for case in mixup.cases(threads=[1], dtypes=[dtype])
+        if case.name == f"mixup/8x20x20x3/crop16/{partner}"
+    ]
+    assert case.necessary_bytes == 8 * 16 * 16 * 3 * (6 if dtype == "float32" else 4)
+    workload = case.prepare()
+    assert gate(case, workload) == {}
+    for provider in case.providers:
+        calls = workload.calls(provider)
+        assert len(calls) >= 2 and calls[1]().dtype == ops.DTYPES[dtype]
+        assert not torch.equal(calls[0]().clone(), calls[1]())
 
 
 def test_gate_is_not_fooled_by_rounding_at_the_relu():
@@ -350,7 +433,6 @@ def test_command_measures_and_writes(tmp_path):
         3,
         "--out",
         out,
-        "--markdown",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "group_norm_relu/tiny/1x32x4x4/channels_last/forward  float32, 1 thread" in done.stdout
@@ -362,8 +444,8 @@ def test_command_measures_and_writes(tmp_path):
     assert ("standardize_weight/tiny/16x8x3x3/NCHW/forward", "eager_batch_norm") in timed
     assert all(float(row["p50"]) > 0 for row in rows if row["metric"] != "busy_cores")
     assert [row["threads"] for row in rows if row["metric"] == "copy_gbps"] == ["1"]
-    table = out.with_suffix(".md").read_text()
-    assert "| group_norm_relu/tiny/1x32x4x4/NCHW/forward | float32 | 1 | 2 |" in table
+    shown = tables.markdown(tables.read(out))
+    assert "| group_norm_relu/tiny/1x32x4x4/NCHW/forward | float32 | 1 | bit_kernels |" in shown
 
 
 @pytest.mark.parametrize(
@@ -372,6 +454,9 @@ def test_command_measures_and_writes(tmp_path):
         (["ops", "--filter", "no-such-case"], "--filter is no-such-case; no case has that"),
         (["ops", "--threads", "4096"], "--threads is 4096; it may be 1 to"),
         (["ops", "--rounds", "1"], "--rounds is 1; it may be 3 or more"),
+        (["step", "--rivals", "nobody"], "--rivals is nobody; no case has that"),
+        (["all", "--out", "a.csv"], "--out is one file"),
+        (["step", "--out", "no-such.csv", "--markdown"], "out is no-such.csv, which is no file"),
     ],
 )
 def test_command_refuses(arguments, message, capsys):
@@ -388,7 +473,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 
     measured = []
 
-    def measure_one(case, copy, *, rounds, seed):
+    def measure_one(case, copy, *, matrix, rounds, seed):
         if measured:
             raise KeyboardInterrupt
         measured.append(case)

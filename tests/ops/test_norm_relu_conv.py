@@ -141,6 +141,51 @@ def test_statistics_of_the_sum(layout, dtype):
         assert torch.equal(group_norm_relu(total, 4), group_norm_relu(total.clone(), 4))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_parts_match_plain_ones(layout):
+    """What the parts do on a device without a kernel, and the shortcut's gradient in the pass."""
+    from bit_kernels.ops import group_norm_relu as module
+
+    ops, random = torch.ops.bit_kernels, torch.Generator().manual_seed(0)
+    x, other, grad, skip = (
+        LAYOUTS[layout](torch.randn(2, 12, 5, 4, generator=random)) for _ in range(4)
+    )
+    w, b = torch.randn(12, generator=random), torch.randn(12, generator=random)
+    sums = x.clone(), x.clone()
+    ours = ops.add_group_statistics(sums[0], other, 4, 1e-5)
+    theirs = module.plain_add(sums[1], other, 4, 1e-5)
+    assert torch.equal(*sums) and not torch.equal(sums[0], x)
+    for a, c in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, c, atol=1e-5)
+    known = (sums[0], *ours, w, b, True)
+    applied = ops.group_norm_relu_apply(*known)
+    assert torch.equal(applied, ops.group_norm_relu(sums[0], 4, w, b, 1e-5, True)[0])
+    assert torch.allclose(applied, module.plain_apply(*known), atol=1e-5)
+    with_skip = ops.group_norm_relu_backward(grad, *known, skip)
+    for a, c in zip(with_skip, module.plain_backward(grad, *known, skip), strict=True):
+        assert torch.allclose(a, c, atol=1e-5)
+    without = ops.group_norm_relu_backward(grad, *known)[0]
+    assert torch.allclose(with_skip[0], without + skip, atol=1e-5)
+    for op, arguments in (
+        (ops.group_norm_relu_apply, known),
+        (ops.add_group_statistics, (x, other, 4, 1e-5)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_inference_mode():
+    """Its tensors have no version to check statistics by."""
+    case = Case("unit")
+    with torch.no_grad():
+        plain = case(fused, case.tensors, next_norm=(4, 1e-5))[0]
+        expected = group_norm_relu(plain.clone(), 4)
+    with torch.inference_mode():
+        total, _ = case(fused, case.tensors, next_norm=(4, 1e-5))
+        assert torch.equal(group_norm_relu(total, 4), expected)
+        total.mul_(3).add_(1)
+        assert torch.equal(group_norm_relu(total, 4), group_norm_relu(total.clone(), 4))
+
+
 def test_known_statistics_give_the_same_gradients():
     def two_units(x, w, use):
         (total,) = fused(x, Norm(4), [Conv(w)], residual=x, next_norm=(4, 1e-5))
@@ -224,8 +269,10 @@ def test_kept_weights_get_the_gradient_of_the_standardized():
     )
     # Not the raw weight's: that has a zero mean over each kernel.
     assert truth[names.index("weight0")].mean((1, 2, 3)).abs().min() > 1e-6
-    leaves = {n: t.clone().requires_grad_(n not in kept) for n, t in case.tensors.items()}
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in case.tensors.items()}
     y, _ = case(fused, leaves)
+    y.sum().backward(retain_graph=True)
+    assert leaves["standardized0"].grad is None and leaves["weight0"].grad is not None
     with pytest.raises(RuntimeError, match="release"):
         torch.autograd.grad(y.sum(), leaves["weight0"], create_graph=True)
 
@@ -410,6 +457,7 @@ def test_torch_func():
         (dict(convs=[Conv(torch.ones(2, 8, 5, 5))]), "smaller than the kernel"),
         (dict(convs=[Conv(torch.ones(2, 8, 1, 1), torch.ones(3))]), r"convs\[0\].bias has shape"),
         (dict(residual=torch.ones(2, 2, 4, 3)), r"residual has shape \(2, 2, 4, 3\)"),
+        (dict(residual=torch.ones(2, 2, 4, 4).double()), "torch.float64 on cpu; with this input"),
         (dict(next_norm=(2, 1e-5)), "without a residual it must be None"),
         (
             dict(residual=torch.ones(2, 2, 4, 4), next_norm=(3, 1e-5)),

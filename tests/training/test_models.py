@@ -368,3 +368,10 @@ def test_what_a_step_keeps():
     indices = 2 * 32 * 16 * 16 * 8
     total = sum(size for at, size in kept.items() if at not in own)
     assert 4 * inputs + indices <= total < 1.05 * (4 * inputs + indices)
+
+
+def test_inference_mode():
+    model, images = models.create("R14x0.5", 5, zero_head=False), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = model(images)
+    assert torch.allclose(logits, model(images), atol=1e-5)

@@ -1,0 +1,166 @@
+// Mixup on a CPU: crop, flip, normalise and mix a batch of uint8 images, each byte of the output
+// written once and nothing stored in between.
+//
+//   y[i] = (lam[i] * x[i] + (1 - lam[i]) * x[partner[i]] - centre) * scale
+//
+// A row of pixels is one run of memory in x and in y, whatever the number of channels: the
+// channels' constants are laid out as a row, too. A flipped row is turned around in the first-level
+// cache on its way. Threads take rows; any number of them gives the same bits.
+#pragma once
+
+#include "../common/vec.h"
+#include "kernels.h"
+
+namespace bit_kernels {
+namespace BIT_KERNELS_ISA {
+namespace {
+
+// Rows before they are read for which memory is asked: rows of a crop lie apart, and the processor
+// doesn't see where the next one begins.
+constexpr int64_t kRowsAhead = 2;
+
+// Turns a row of pixels around. It is read from its start, as the processor expects when it fetches
+// ahead, and written in aligned parts of 8 bytes: others are slow.
+class Reversal {
+ public:
+  Reversal(int64_t columns, int64_t channels) : columns_(columns), channels_(channels) {
+#if defined(__SSSE3__)
+    if (channels > kMaxChannels) return;
+    // Parts begin with the same channel again after `period_` of them.
+    for (period_ = 1; period_ * kPart % channels != 0;) ++period_;
+    const int64_t last = bytes() / kPart * kPart - kPart;
+    for (int64_t i = 0; i < period_; ++i) {
+      // The pixels of the part at `last` - 8 i, whose first byte is of channel `first`.
+      const int64_t at = last - i * kPart, first = (at % channels + channels) % channels;
+      const int64_t pixels = (first + kPart - 1) / channels;
+      from_[i] = bytes() - channels - (at - first) - pixels * channels;
+      for (int64_t k = 0; k < kPart; ++k)
+        order_[i][k] = (pixels - (first + k) / channels) * channels + (first + k) % channels;
+    }
+#endif
+  }
+
+  void run(const uint8_t* from, uint8_t* to) const {
+    switch (period_) {
+      case 1: return run_parts<1>(from, to);
+      case 3: return run_parts<3>(from, to);
+      case 5: return run_parts<5>(from, to);
+      default: run_pixels(from, to, 0, bytes());
+    }
+  }
+
+ private:
+  static constexpr int64_t kPart = 8, kMaxChannels = 5;  // 16 bytes hold the pixels of any part
+
+  int64_t bytes() const { return columns_ * channels_; }
+
+  // Bytes `begin` to `end` - 1 of the row turned around.
+  void run_pixels(const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) const {
+    const uint8_t* pixel = from + (columns_ - 1 - begin / channels_) * channels_;
+    int64_t channel = begin % channels_;
+    for (int64_t k = begin; k < end; ++k) {
+      to[k] = pixel[channel];
+      if (++channel < channels_) continue;
+      channel = 0;
+      pixel -= channels_;
+    }
+  }
+
+  template <int64_t kPeriod>
+  void run_parts(const uint8_t* from, uint8_t* to) const {
+    int64_t end = bytes() / kPart * kPart;
+    run_pixels(from, to, end, bytes());
+#if defined(__SSSE3__)
+    __m128i order[kPeriod];
+    for (int64_t i = 0; i < kPeriod; ++i) order[i] = _mm_load_si128((const __m128i*)order_[i]);
+    // 16 bytes are read for each part, and must all be in the row.
+    const int64_t step = kPeriod * kPart, last = bytes() - 16 - from_[kPeriod - 1];
+    for (int64_t at = 0; at <= last && end >= step; at += step) {
+      for (int64_t i = 0; i < kPeriod; ++i) {
+        end -= kPart;
+        const __m128i in = _mm_loadu_si128((const __m128i*)(from + at + from_[i]));
+        _mm_storel_epi64((__m128i*)(to + end), _mm_shuffle_epi8(in, order[i]));
+      }
+    }
+#endif
+    run_pixels(from, to, 0, end);
+  }
+
+  int64_t columns_, channels_, period_ = 0;
+  int64_t from_[kMaxChannels];
+  alignas(16) uint8_t order_[kMaxChannels][16] = {};
+};
+
+template <bool kStream, class T>
+void mixup_rows_as(const MixupBatch& batch, int64_t begin, int64_t end) {
+  const int64_t n = batch.columns * batch.channels;
+  const Reversal reversal(batch.columns, batch.channels);
+  const Scratch centre(n + kLanes), scale(n + kLanes);  // a part of a vector is loaded whole
+  for (int64_t i = 0; i < n; ++i) {
+    centre.data[i] = batch.centre[i % batch.channels];
+    scale.data[i] = batch.scale[i % batch.channels];
+  }
+  // What is turned around is read a row later: read at once it would wait until the stores before
+  // it, the output's, have reached memory.
+  const int64_t room = (n + 7) / 8 * 8;  // bytes
+  const Scratch turned(room);            // two rows of each of two images
+  auto row_of = [&](int64_t image, int64_t at, int spare) -> const uint8_t* {
+    const MixupImage& x = batch.images[image];
+    const uint8_t* from = x.corner + at % batch.rows * x.stride;
+    if (!x.flip) return from;
+    uint8_t* to = reinterpret_cast<uint8_t*>(turned.data) + spare * room;
+    reversal.run(from, to);
+    return to;
+  };
+  struct Rows {
+    const uint8_t *own, *other;  // no other where nothing is mixed
+  };
+  auto rows_of = [&](int64_t at) -> Rows {
+    const int64_t i = at / batch.rows, other = batch.partner[i];
+    const bool alone = other == i || batch.lam[i] == 1;
+    const int spare = at % 2 * 2;
+    return {row_of(i, at, spare), alone ? nullptr : row_of(other, at, spare + 1)};
+  };
+
+  auto ask_for = [&](int64_t image, int64_t at) {
+    const MixupImage& x = batch.images[image];
+    const uint8_t* from = x.corner + at % batch.rows * x.stride;
+    for (int64_t k = 0; k < n; k += kLineBytes) prefetch(from + k);
+  };
+
+  T* y = static_cast<T*>(batch.output) + begin * n;
+  Rows next = begin < end ? rows_of(begin) : Rows{};
+  for (int64_t at = begin; at < end; ++at, y += n) {
+    const Rows x = next;
+    if (at + 1 < end) next = rows_of(at + 1);
+    if (const int64_t later = at + kRowsAhead; later < end) {
+      ask_for(later / batch.rows, later);
+      ask_for(batch.partner[later / batch.rows], later);
+    }
+    if (x.other == nullptr) {
+      write_run<kStream>(y, n, [&](int64_t k, auto part) {
+        return (part.load(x.own + k) - load(centre.data + k)) * load(scale.data + k);
+      });
+      continue;
+    }
+    const float weight = batch.lam[at / batch.rows];
+    const Vec lam = broadcast(weight), rest = broadcast(1 - weight);
+    write_run<kStream>(y, n, [&](int64_t k, auto part) {
+      const Vec mixed = multiply_add(part.load(x.other + k), rest, part.load(x.own + k) * lam);
+      return (mixed - load(centre.data + k)) * load(scale.data + k);
+    });
+  }
+  if (kStream) finish_streaming();
+}
+
+}  // namespace
+
+void mixup_rows(const MixupBatch& batch, int64_t begin, int64_t end) {
+  with_element(batch.element, [&](auto of) {
+    using T = typename decltype(of)::type;
+    (batch.stream ? mixup_rows_as<true, T> : mixup_rows_as<false, T>)(batch, begin, end);
+  });
+}
+
+}  // namespace BIT_KERNELS_ISA
+}  // namespace bit_kernels

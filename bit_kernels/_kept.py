@@ -2,17 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from bit_kernels import _library, functional
 from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-
-
-NO_SECOND_GRADIENT = (
-    "the gradient of a weight whose standardized form bit_kernels.optim.SGD keeps is that of the "
-    "standardized form, and can't be differentiated again; call the optimizer's release() for "
-    "create_graph=True"
-)
 
 
 class KeptWeight:
@@ -78,7 +72,7 @@ class KeptWeight:
 
     def _look(self) -> tuple[int, int, int]:
         weight, sample = self.parameter, 0
-        address = weight.data_ptr()
+        address = 0 if isinstance(weight, FakeTensor) else weight.data_ptr()
         if weight.nbytes == self._sampled and address:
             sample = _library.native.fingerprint(address, self._sampled)
         return weight._version, address, sample
@@ -106,7 +100,11 @@ class _TakeKept(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(NO_SECOND_GRADIENT)
+            raise RuntimeError(
+                "the gradient of a weight whose standardized form bit_kernels.optim.SGD keeps is "
+                "that of the standardized form, and can't be differentiated again; call the "
+                "optimizer's release() for create_graph=True"
+            )
         return grad.to(ctx.dtype), None
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bit_kernels import reference
-from bit_kernels._kept import NO_SECOND_GRADIENT
 from bit_kernels.ops import group_norm_relu as normalisation
 from bit_kernels.ops import standardize_weight as standardization
 from bit_kernels.ops._library import apply_node, autocast_dtype, call_kernel
@@ -108,21 +107,12 @@ def normalised(conv: nn.Conv2d, input: Tensor) -> Note | None:
 
 
 def convolve(
-    conv: nn.Conv2d,
-    input: Tensor,
-    found: Note,
-    eps: float | None = None,
-    kept: Tensor | None = None,
+    conv: nn.Conv2d, weight: Tensor, input: Tensor, found: Note, eps: float | None = None
 ) -> Tensor:
-    """conv's convolution of a noted input; the weight is standardized first if there is an eps.
-
-    kept: the standardized weight where an optimizer keeps it, whose gradient then is the weight's.
-    """
+    """conv's convolution of a noted input; `weight` is standardized first if there is an eps."""
     dtype = autocast_dtype(input) or input.dtype
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return apply_node(
-        _Convolution, input, conv.weight, conv.bias, kept, eps, dtype, geometry, *found[:2]
-    )
+    return apply_node(_Convolution, input, weight, conv.bias, eps, dtype, geometry, *found[:2])
 
 
 def _convolution(input, weight, bias, eps, dtype, geometry):
@@ -137,20 +127,18 @@ class _Convolution(torch.autograd.Function):
     """Keeps its input's ingredients instead of its input, and the weight as it is."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, kept, eps, dtype, geometry, recipe, ingredients):
+    def forward(ctx, input, weight, bias, eps, dtype, geometry, recipe, ingredients):
         recipe.expect()
-        ctx.save_for_backward(weight, bias, kept, *ingredients)
+        ctx.save_for_backward(weight, bias, *ingredients)
         ctx.recipe, ctx.details = recipe, (eps, dtype, geometry)
-        used = _used(weight, kept, eps, dtype)[0]
+        used = weight.to(dtype) if eps is None else _standardize(weight, eps, dtype)[0]
         bias = None if bias is None else bias.to(dtype)
         return torch.conv2d(input.to(dtype), used, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad_output):
-        weight, bias, kept, *ingredients = ctx.saved_tensors
+        weight, bias, *ingredients = ctx.saved_tensors
         eps, dtype, geometry = ctx.details
-        if kept is not None and torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_GRADIENT)
         activation = ctx.recipe.make(*ingredients)
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
             grads = reference.gradients(
@@ -158,8 +146,8 @@ class _Convolution(torch.autograd.Function):
                 (activation, weight, bias),
                 grad_output,
             )
-            return *grads, *[None] * 6
-        used, *statistics = _used(weight, kept, eps, dtype)
+            return *grads, None, None, None, None, None
+        used, *statistics = (weight.to(dtype),) if eps is None else _standardize(weight, eps, dtype)
         stride, padding, dilation, groups = geometry
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output, activation.to(dtype), used, [weight.shape[0]], stride, padding, dilation,
@@ -167,13 +155,11 @@ class _Convolution(torch.autograd.Function):
         )  # fmt: skip
         if statistics and grad_weight is not None:
             grad_weight = standardization._backward_op(grad_weight, weight, *statistics)
-        return grad_input, grad_weight, grad_bias, *[None] * 6
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _used(weight: Tensor, kept: Tensor | None, eps: float | None, dtype: torch.dtype):
-    """The weight to convolve with, in dtype; mean and rstd if it was standardized for that."""
-    if kept is not None or eps is None:
-        return ((weight if kept is None else kept).to(dtype),)
+def _standardize(weight: Tensor, eps: float, dtype: torch.dtype):
+    """(the standardized weight in dtype, mean, rstd)"""
     return call_kernel(
         standardization._forward_op, weight, eps, None if weight.dtype == dtype else dtype
     )

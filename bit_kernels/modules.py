@@ -18,7 +18,9 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         found = _recompute.normalised(self, input)
-        return super().forward(input) if found is None else _recompute.convolve(self, input, found)
+        if found is None:
+            return super().forward(input)
+        return _recompute.convolve(self, self.weight, input, found)
 
 
 class StdConv2d(nn.Conv2d):
@@ -41,14 +43,12 @@ class StdConv2d(nn.Conv2d):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        kept = _kept_weight(self)
-        found = _recompute.normalised(self, input)
+        kept, found = _kept_weight(self), _recompute.normalised(self, input)
+        weight, eps = (self.weight, self.eps) if kept is None else (take(self.weight, kept), None)
         if found is not None:
-            return _recompute.convolve(self, input, found, self.eps, kept)
+            return _recompute.convolve(self, weight, input, found, eps)
         if kept is None:
-            weight = functional.standardize_weight(self.weight, self.eps)
-        else:
-            weight = take(self.weight, kept)
+            weight = functional.standardize_weight(weight, self.eps)
         return self._conv_forward(input, weight, self.bias)
 
     def kept_weight(self, dtype: torch.dtype) -> Tensor | None:

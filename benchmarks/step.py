@@ -3,6 +3,9 @@
 A step is forward, cross-entropy, backward and SGD with momentum and decay. The limit, conv_only, is
 forward and backward of the same network without norm, ReLU and standardization, and without an
 optimizer.
+
+Networks of other libraries take the same step as they are, under torch.optim.SGD(fused=True), and
+converted, under bit_kernels.optim.SGD.
 """
 
 import functools
@@ -10,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rivals
+from benchmarks import others, rivals
 from benchmarks.ops import LAYOUTS
 from benchmarks.runner import Case
 
@@ -49,17 +53,27 @@ COMPILED = ("bit_compiled", "timm_compiled")
 BASELINES = ("eager", "timm")
 PICTURE = ("times_limit", 1.0)
 MEASURED_DTYPES = ("float32", "bfloat16")
+CONVERT = ("converted", "as_it_is")
+CONVERT_IMAGES, CONVERT_SIDE = 8, 128
 
 
 def cases(
     *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
 ) -> list[Case]:
     """Full-size networks, or with `quick` a small one; "bfloat16" is autocast."""
-    return [
+    found = [
         _case(case, count, compiled)
         for case in CASES
         for count in threads
         if case.quick == quick and case.dtype in dtypes
+    ]
+    if quick or "float32" not in dtypes:
+        return found
+    return found + [
+        _convert_case(name, count)
+        for name in others.NETWORKS
+        for count in threads
+        if others.importable(name)
     ]
 
 
@@ -87,6 +101,21 @@ def _case(case: StepCase, threads: int, compiled: bool) -> Case:
         room=GATE_ROOM,
         limits=providers(["conv_only"]),
         images=case.images,
+    )
+
+
+def _convert_case(name: str, threads: int) -> Case:
+    return Case(
+        suite="step",
+        name=f"convert/{name}/{CONVERT_IMAGES}x3x{CONVERT_SIDE}x{CONVERT_SIDE}",
+        dtype="float32",
+        threads=threads,
+        providers=tuple(f"{state}/{layout}" for state in CONVERT for layout in reversed(LAYOUTS)),
+        baselines=tuple(f"as_it_is/{layout}" for layout in LAYOUTS),
+        prepare=functools.partial(ConvertWorkload, name, CONVERT_IMAGES, CONVERT_SIDE),
+        plain={f"{state}/{layout}": "as_it_is/NCHW" for state in CONVERT for layout in LAYOUTS},
+        room=GATE_ROOM,
+        images=CONVERT_IMAGES,
     )
 
 
@@ -178,3 +207,60 @@ class Step:
             return {key: parameter.grad for key, parameter in self._parameters.items()}
         state = self.optimizer.state
         return {key: state[p]["momentum_buffer"] for key, p in self._parameters.items()}
+
+
+class ConvertWorkload:
+    """Batches, and a network of another library as it is and converted; see runner.Workload."""
+
+    def __init__(self, name: str, images: int, side: int):
+        self._name, self._side = name, side
+        generator = torch.Generator().manual_seed(0)
+        self._batches = [
+            (
+                torch.rand(images, 3, side, side, generator=generator) * 2 - 1,
+                torch.randint(NUM_CLASSES, (images,), generator=generator),
+            )
+            for _ in range(BATCHES)
+        ]
+
+    def reference(self) -> dict[str, Tensor]:
+        return self._results("as_it_is/NCHW", torch.float64)
+
+    def outputs(self, provider: str) -> dict[str, Tensor]:
+        return self._results(provider, torch.float32)
+
+    def _results(self, provider: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The loss, and momenta after a few steps, each over its own size."""
+        network, optimizer, step = self._make(provider, dtype)
+        for images, labels in self._batches[:GATE_STEPS]:
+            loss = step(images.to(dtype), labels)
+        momenta = [optimizer.state[p]["momentum_buffer"] for p in network.parameters()]
+        if dtype == torch.float64:
+            norms = torch.stack([momentum.norm() for momentum in momenta])
+            self._norms = norms.clamp(min=SMALLEST_NORM * norms.max()).tolist()
+        flat = [(m / norm).flatten() for m, norm in zip(momenta, self._norms, strict=True)]
+        return {"loss": loss.detach(), "learned": torch.cat(flat)}
+
+    def calls(self, provider: str) -> list[Callable[[], object]]:
+        layout = rivals.layout_of(provider)
+        step = self._make(provider, torch.float32)[2]
+        return [
+            functools.partial(step, images.contiguous(memory_format=layout), labels)
+            for images, labels in self._batches
+        ]
+
+    def _make(self, provider: str, dtype: torch.dtype):
+        """The network, its optimizer, and what they do with a batch."""
+        converted = provider.startswith("converted")
+        network = others.create(self._name, converted, self._side)
+        network = network.to(dtype=dtype, memory_format=rivals.layout_of(provider))
+        optimizer = rivals.make_optimizer("bit" if converted else "eager", network, "float32")
+
+        def step(images: Tensor, labels: Tensor) -> Tensor:
+            loss = F.cross_entropy(others.logits(network, images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return network, optimizer, step

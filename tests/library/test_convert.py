@@ -3,8 +3,6 @@
 import copy
 import importlib.util
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bit_kernels
+from benchmarks.timm_networks import torchvision_or_stand_ins
 from bit_kernels import _recompute
 from bit_kernels.modules import Conv2d, GroupNorm, StdConv2d
 
@@ -510,12 +509,7 @@ def timm_network(conv, **kwargs):
     """timm's ResNetV2 as its resnetv2_50x1_bit and resnetv2_50d_gn are made, of two units."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
-    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-    try:
-        import timm_twin
-    finally:
-        sys.path.pop(0)
-    with timm_twin._torchvision():
+    with torchvision_or_stand_ins():
         from timm import layers
         from timm.models.resnetv2 import ResNetV2
     kwargs |= dict(layers=(1, 1), channels=(128, 256), stem_chs=64, num_classes=4)

@@ -31,6 +31,13 @@ def same_threads_after():
 
 
 @pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """torch.compile gives up on a function after 8 forms of it, whichever tests they are from."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def kernels_for_small_tensors(request):
     """Tests of ops and layers are small, and it is the kernels that they test.
 

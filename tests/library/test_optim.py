@@ -200,7 +200,7 @@ def test_fused_units_train_alike(path):
             optimizer = kind(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3, **ours)
             forward = model
             if path == "compile":
-                forward = torch.compile(model, backend="aot_eager")
+                forward = torch.compile(model, fullgraph=True, backend="aot_eager")
             elif path == "checkpoint":
                 forward = functools.partial(checkpoint, model, use_reentrant=False)
             with torch.autocast("cpu", torch.bfloat16, enabled=path == "autocast"):

@@ -47,6 +47,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 PLAIN_SOURCES = [
     "bindings.cpp",
     "cpu/isa.cpp",
+    "cpu/convolution.cpp",
     "cpu/group_norm_relu.cpp",
     "cpu/norm_relu_conv.cpp",
     "cpu/sgd.cpp",

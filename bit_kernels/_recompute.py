@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from bit_kernels import reference
 from bit_kernels.ops import group_norm_relu as normalisation
 from bit_kernels.ops import standardize_weight as standardization
+from bit_kernels.ops._convolution import convolution_backward
 from bit_kernels.ops._library import apply_node, autocast_dtype, call_kernel
 
 _notes = WeakIdKeyDictionary()  # a GroupNorm's output: its Note
@@ -149,10 +150,13 @@ class _Convolution(torch.autograd.Function):
             return *grads, None, None, None, None, None
         used, *statistics = (weight.to(dtype),) if eps is None else _standardize(weight, eps, dtype)
         stride, padding, dilation, groups = geometry
-        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_output, activation.to(dtype), used, [weight.shape[0]], stride, padding, dilation,
-            False, (0, 0), groups, ctx.needs_input_grad[:3],
-        )  # fmt: skip
+        needs = ctx.needs_input_grad[:3]
+        found = iter(
+            convolution_backward(
+                grad_output, activation.to(dtype), used, stride, padding, dilation, groups, needs
+            )
+        )
+        grad_input, grad_weight, grad_bias = (next(found) if need else None for need in needs)
         if statistics and grad_weight is not None:
             grad_weight = standardization._backward_op(grad_weight, weight, *statistics)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None

@@ -21,8 +21,7 @@ using Ints = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 struct Conv {
   Tensor weight;
   std::optional<Tensor> bias, standardized;
-  std::vector<int64_t> stride, padding, dilation;
-  int64_t groups;
+  ConvGeometry geometry;
   double eps;  // negative: the weight is used as it is
 };
 
@@ -45,10 +44,7 @@ std::vector<Conv> convs_of(const char* op, const std::vector<Tensor>& tensors,
     conv.weight = tensor();
     if (g[7]) conv.bias = tensor();
     if (g[8]) conv.standardized = tensor();
-    conv.stride = {g[0], g[1]};
-    conv.padding = {g[2], g[3]};
-    conv.dilation = {g[4], g[5]};
-    conv.groups = g[6];
+    conv.geometry = {{g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, g[6]};
     conv.eps = weight_eps[i];
     convs.push_back(conv);
   }
@@ -105,8 +101,9 @@ Outputs norm_relu_conv(const Tensor& input, const std::optional<Tensor>& known_m
     std::optional<Tensor> shift;
     if (conv.bias) shift = in_dtype(*conv.bias, dtype);
     const Tensor output = call_aten(
-        "aten::convolution", "", normal, used_weight(conv, dtype).weight, shift, Ints(conv.stride),
-        Ints(conv.padding), Ints(conv.dilation), false, Ints({0, 0}), conv.groups);
+        "aten::convolution", "", normal, used_weight(conv, dtype).weight, shift,
+        Ints(conv.geometry.stride), Ints(conv.geometry.padding), Ints(conv.geometry.dilation),
+        false, Ints({0, 0}), conv.geometry.groups);
     outputs.push_back(torch::stable::contiguous(output, format));
   }
   if (residual && next_groups > 0) {
@@ -148,26 +145,10 @@ std::vector<Tensor> norm_relu_conv_backward(
     const bool needs_weight = needs[at++], needs_bias = conv.bias && needs[at++];
     if (conv.standardized) ++at;
     if (!needs_normal && !needs_weight && !needs_bias) continue;
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
     const UsedWeight used = used_weight(conv, input.scalar_type());
-    const std::array<bool, 3> mask = {needs_normal, needs_weight, needs_bias};
-    std::array<StableIValue, 11> stack = {
-        from(grad_outputs[i]),
-        from(normal),
-        from(used.weight),
-        from(std::optional(std::vector<int64_t>{conv.weight.size(0)})),
-        from(Ints(conv.stride)),
-        from(Ints(conv.padding)),
-        from(Ints(conv.dilation)),
-        from(false),
-        from(Ints({0, 0})),
-        from(conv.groups),
-        from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(),
-                                                 TORCH_ABI_VERSION));
-    Tensor grad_input = to<Tensor>(stack[0]), grad_weight = to<Tensor>(stack[1]);
-    const Tensor grad_bias = to<Tensor>(stack[2]);
+    auto [grad_input, grad_weight, grad_bias] =
+        convolution_backward(grad_outputs[i], normal, used.weight, conv.geometry,
+                             {needs_normal, needs_weight, needs_bias});
     if (needs_normal) grad_input = torch::stable::contiguous(grad_input, format);
     if (needs_normal && grad_normal)
       add(op, "grad_output", *grad_normal, grad_input, format);

@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace bit_kernels {
 
@@ -30,5 +32,16 @@ std::tuple<Tensor, Tensor, Tensor> standardize_weight(const Tensor& weight, doub
                                                       std::optional<ScalarType> dtype);
 Tensor standardize_weight_backward(const Tensor& grad_output, const Tensor& weight,
                                    const Tensor& mean, const Tensor& rstd);
+
+// Of a 2-d convolution: two numbers each.
+struct ConvGeometry {
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+};
+// The gradients of input, weight and bias, each if it is needed.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        const ConvGeometry& geometry,
+                                                        std::array<bool, 3> needs);
 
 }  // namespace bit_kernels

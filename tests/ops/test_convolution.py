@@ -1,0 +1,86 @@
+"""The backward of a convolution against PyTorch's in float64."""
+
+import itertools
+
+import pytest
+import torch
+from checking import DTYPES, LAYOUTS, assert_as_good
+
+from bit_kernels.ops._convolution import convolution_backward, plain
+
+IN_PARTS = "patches of 17 MB, in two parts"
+# (input, C_out, kernel, stride, padding, dilation, groups): a reason each.
+SAMPLES = {
+    "pointwise": ((2, 5, 6, 7), 4, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "pointwise with strides": ((2, 5, 6, 7), 4, (1, 1), (2, 3), (0, 0), (1, 1), 1),
+    "pointwise over a border": ((2, 5, 6, 7), 4, (1, 1), (1, 1), (1, 2), (1, 1), 1),
+    "3x3": ((2, 5, 6, 7), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "strides that leave a rest": ((2, 5, 8, 9), 4, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "nothing is symmetric": ((3, 4, 9, 6), 6, (5, 2), (1, 2), (3, 0), (1, 2), 1),
+    "dilated past the border": ((1, 3, 5, 5), 2, (3, 3), (1, 1), (3, 3), (3, 3), 1),
+    "kernel as large as the input": ((2, 3, 4, 5), 2, (4, 5), (1, 1), (0, 0), (1, 1), 1),
+    "groups": ((2, 6, 6, 5), 4, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "one channel": ((2, 1, 6, 5), 1, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "one pixel": ((3, 7, 1, 1), 5, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    IN_PARTS: ((2, 96, 80, 64), 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+}
+
+
+def make(sample, dtype, layout="channels_last"):
+    shape, out, kernel, *geometry = SAMPLES[sample]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    w = torch.randn(out, shape[1] // geometry[-1], *kernel, generator=generator)
+    y = torch.nn.functional.conv2d(x, w, None, *geometry)
+    g = torch.randn(y.shape, generator=generator)
+    return [LAYOUTS[layout](t.to(dtype)) for t in (g, x, w)], geometry
+
+
+CASES = [
+    (sample, dtype, layout)
+    for sample, dtype, layout in itertools.product(SAMPLES, DTYPES, LAYOUTS)
+    if sample != IN_PARTS or (dtype, layout) == (torch.float32, "channels_last")
+]
+
+
+@pytest.mark.parametrize("sample, dtype, layout", CASES)
+def test_as_good_as_pytorch(sample, dtype, layout):
+    tensors, geometry = make(sample, dtype, layout)
+    ours = convolution_backward(*tensors, *geometry, [1, 1, 0])
+    unfused = plain(*tensors, *geometry, [1, 1, 0])
+    truth = plain(*(t.double() for t in tensors), *geometry, [1, 1, 0])
+    assert_as_good(("input", "weight"), ours, unfused, truth)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((0, 1), repeat=3)))
+def test_what_is_needed_comes(needs):
+    tensors, geometry = make("3x3", torch.float32)
+    ours = convolution_backward(*tensors, *geometry, needs)
+    truth = plain(*(t.double() for t in tensors), *geometry, needs)
+    assert len(ours) == sum(needs)
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sample", ["pointwise", "pointwise with strides", "3x3"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradient_lies_as_its_weight(sample, layout):
+    """Else autograd would copy it on its way into `grad`."""
+    (g, x, w), geometry = make(sample, torch.float32)
+    w = LAYOUTS[layout](w)
+    (ours,) = convolution_backward(g, x, w, *geometry, [0, 1, 0])
+    assert ours.stride() == w.stride()
+
+
+def test_empty():
+    tensors = torch.ones(0, 4, 6, 6), torch.ones(0, 5, 6, 6), torch.ones(4, 5, 1, 1)
+    (ours,) = convolution_backward(*tensors, [1, 1], [0, 0], [1, 1], 1, [0, 1, 0])
+    assert torch.equal(ours, torch.zeros(4, 5, 1, 1))
+
+
+def test_refusals():
+    (g, x, w), geometry = make("3x3", torch.float32)
+    with pytest.raises(RuntimeError, match="of input, weight and bias"):
+        convolution_backward(g, x, w, *geometry, [1])
+    with pytest.raises(RuntimeError, match="2-d"):
+        convolution_backward(g[0], x[0], w, *geometry, [1, 1, 1])

@@ -314,6 +314,7 @@ def measure(
 ) -> Result:
     """Gates and times one case; `min_sample` is the shortest sample in seconds."""
     result = Result(case)
+    torch._dynamo.reset()  # torch.compile gives up on a function after 8 forms of it
     with _threads(case.threads), _no_collection():
         workload = case.prepare()
         result.red = gate(case, workload)

@@ -16,8 +16,6 @@
 namespace bit_kernels {
 namespace {
 
-using Ints = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
-
 struct Conv {
   Tensor weight;
   std::optional<Tensor> bias, standardized;
@@ -100,10 +98,8 @@ Outputs norm_relu_conv(const Tensor& input, const std::optional<Tensor>& known_m
   for (const Conv& conv : convs) {
     std::optional<Tensor> shift;
     if (conv.bias) shift = in_dtype(*conv.bias, dtype);
-    const Tensor output = call_aten(
-        "aten::convolution", "", normal, used_weight(conv, dtype).weight, shift,
-        Ints(conv.geometry.stride), Ints(conv.geometry.padding), Ints(conv.geometry.dilation),
-        false, Ints({0, 0}), conv.geometry.groups);
+    const Tensor output =
+        convolution(normal, used_weight(conv, dtype).weight, shift, conv.geometry);
     outputs.push_back(torch::stable::contiguous(output, format));
   }
   if (residual && next_groups > 0) {

@@ -38,6 +38,8 @@ struct ConvGeometry {
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups;
 };
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const ConvGeometry& geometry);
 // The gradients of input, weight and bias, each if it is needed.
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output,
                                                         const Tensor& input, const Tensor& weight,

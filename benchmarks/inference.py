@@ -20,6 +20,7 @@ FROZEN, ONNX = "bit_frozen", "onnxruntime"
 NETWORKS = ("bit", FROZEN, "eager", "timm", "timm_batch_norm", "batch_norm", "conv_only")
 COMPILED = ("bit_compiled", "timm_compiled")
 BASELINES = ("eager", "timm")
+GATE_ROOM = 1e-5  # of the largest logit: roundings of 50 layers in another order
 PICTURE = ("images_per_s", None)
 
 
@@ -66,6 +67,7 @@ def _case(case: InferenceCase, threads: int, compiled: bool) -> Case:
         baselines=providers(BASELINES),
         prepare=functools.partial(InferenceWorkload, case),
         plain={provider: _plain(provider) for provider in named},
+        room=GATE_ROOM,
         limits=providers(["conv_only"]),
         images=case.images,
     )

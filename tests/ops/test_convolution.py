@@ -1,11 +1,14 @@
 """The backward of a convolution against PyTorch's in float64."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 from checking import DTYPES, LAYOUTS, assert_as_good
 
+from bit_kernels import reference
+from bit_kernels.functional import Conv, Norm, norm_relu_conv
 from bit_kernels.ops._convolution import convolution_backward, plain
 
 IN_PARTS = "patches of 17 MB, in two parts"
@@ -70,6 +73,29 @@ def test_gradient_lies_as_its_weight(sample, layout):
     w = LAYOUTS[layout](w)
     (ours,) = convolution_backward(g, x, w, *geometry, [0, 1, 0])
     assert ours.stride() == w.stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_slice"])
+@pytest.mark.parametrize(
+    "out, kernel, stride, dilation", [(6, 1, 1, 1), (6, 1, 2, 1), (3, 3, 1, 1), (3, 3, 2, 2)]
+)
+def test_few_positions_forward_and_back(out, kernel, stride, dilation, layout):
+    """The forward has no op of its own: it is norm_relu_conv's."""
+    generator = torch.Generator().manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(2, 512, 6, 5, generator=generator))
+    w = LAYOUTS[layout](torch.randn(out, 512, kernel, kernel, generator=generator) * 0.05)
+
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        geometry = (stride, stride), (kernel // 2, kernel // 2), (dilation, dilation)
+        (y,) = function(leaves[0], Norm(32), [Conv(leaves[1], None, *geometry, eps=None)])
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    ours = run(functools.partial(norm_relu_conv, backend="cpp"), torch.float32)
+    unfused = run(reference.norm_relu_conv, torch.float32)
+    truth = run(reference.norm_relu_conv, torch.float64)
+    assert_as_good(("output", "input", "weight"), ours, unfused, truth)
+    assert ours[0].stride() == unfused[0].stride() or layout == "channels_last_slice"
 
 
 def test_empty():

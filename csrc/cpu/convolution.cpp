@@ -92,9 +92,17 @@ Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_s
                    Ints({row_stride, column_stride}), std::optional(offset));
 }
 
-// Whether convolutions of `input` are matrix products of what lies in memory.
-bool is_matrix(const Tensor& input, const ConvGeometry& g) {
-  return input.scalar_type() == ScalarType::Float && g.groups == 1 && input.numel() > 0 &&
+// Whether the convolution is a matrix product of what lies in memory. What doesn't fit isn't:
+// PyTorch's own convolution refuses it in its own words.
+bool is_matrix(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  if (input.dim() != 4 || weight.dim() != 4 || g.stride.size() != 2 || g.padding.size() != 2 ||
+      g.dilation.size() != 2)
+    return false;
+  for (int d = 0; d < 2; ++d)
+    if (g.stride[d] < 1 || g.dilation[d] < 1 || g.padding[d] < 0) return false;
+  return input.is_cpu() && weight.is_cpu() && input.scalar_type() == ScalarType::Float &&
+         weight.scalar_type() == ScalarType::Float && g.groups == 1 &&
+         weight.size(1) == input.size(1) && input.numel() > 0 && weight.numel() > 0 &&
          memory_format(input) == MemoryFormat::ChannelsLast;
 }
 
@@ -105,7 +113,7 @@ bool lies_as_matrix(const Tensor& weight) {
     if (weight.size(d) != 1 && weight.stride(d) != stride) return false;
     stride *= weight.size(d);
   }
-  return weight.scalar_type() == ScalarType::Float;
+  return true;
 }
 
 Sizes sizes_of(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
@@ -116,6 +124,12 @@ Sizes sizes_of(const Tensor& input, const Tensor& weight, const ConvGeometry& g)
   };
   return {input.size(0),  input.size(1),  input.size(2), input.size(3), weight.size(2),
           weight.size(3), weight.size(0), out(0),        out(1)};
+}
+
+bool is_output(const Tensor& tensor, const Sizes& s) {
+  return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 4 &&
+         tensor.numel() > 0 && tensor.size(0) == s.samples && tensor.size(1) == s.out_channels &&
+         tensor.size(2) == s.out_height && tensor.size(3) == s.out_width;
 }
 
 bool has_few_positions(const Sizes& s, const ConvGeometry& g) {
@@ -205,7 +219,7 @@ Tensor grad_weight_by_product(const Tensor& grad_output, const Tensor& input, co
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    const ConvGeometry& g) {
-  if (!bias && is_matrix(input, g) && lies_as_matrix(weight)) {
+  if (!bias && is_matrix(input, weight, g) && lies_as_matrix(weight)) {
     const Sizes s = sizes_of(input, weight, g);
     if (has_few_positions(s, g)) return output_by_product(input, weight, s, g);
   }
@@ -218,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
                                                         const ConvGeometry& g,
                                                         std::array<bool, 3> needs) {
   Tensor of_input, of_weight;
-  if (is_matrix(input, g) && grad_output.numel() > 0) {
-    const Sizes s = sizes_of(input, weight, g);
+  const Sizes s = is_matrix(input, weight, g) ? sizes_of(input, weight, g) : Sizes{};
+  if (is_output(grad_output, s)) {
     // oneDNN has the bias's gradient from the weight's.
     if (needs[1] && !needs[2]) {
       of_weight = grad_weight_by_product(grad_output, input, weight, s, g);

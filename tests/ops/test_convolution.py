@@ -110,3 +110,16 @@ def test_refusals():
         convolution_backward(g, x, w, *geometry, [1])
     with pytest.raises(RuntimeError, match="2-d"):
         convolution_backward(g[0], x[0], w, *geometry, [1, 1, 1])
+    # Of which a product could be computed, and would be wrong.
+    with pytest.raises(RuntimeError):
+        convolution_backward(g[:, :3], x, w, *geometry, [0, 1, 0])
+    with pytest.raises(RuntimeError):
+        convolution_backward(g, x[:, :4], w, *geometry, [0, 1, 0])
+    with pytest.raises(RuntimeError):
+        convolution_backward(g, x, w, [0, 0], *geometry[1:], [0, 1, 0])
+    wide = torch.ones(8, 16, 1, 1)
+    for weight in (wide, wide[:, :4].contiguous()):
+        with pytest.raises(ValueError, match="with 8 channels in 1 groups it must be"):
+            norm_relu_conv(
+                LAYOUTS["channels_last"](torch.ones(2, 8, 3, 3)), Norm(4), [Conv(weight)]
+            )

@@ -73,7 +73,7 @@ class KeptWeight:
     def _look(self) -> tuple[int, int, int]:
         weight, sample = self.parameter, 0
         address = 0 if isinstance(weight, FakeTensor) else weight.data_ptr()
-        if weight.nbytes == self._sampled and address:
+        if weight.is_cpu and weight.nbytes == self._sampled and address:
             sample = _library.native.fingerprint(address, self._sampled)
         return weight._version, address, sample
 

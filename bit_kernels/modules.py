@@ -58,7 +58,15 @@ class StdConv2d(nn.Conv2d):
         respect to it on to `weight` as it is: the optimizer projects it.
         """
         kept = self._kept
-        if kept is None or kept.parameter is not self.weight:  # another in functional_call
+        if kept is None:
+            return None
+        if kept.parameter is not self.weight:  # another in functional_call
+            if getattr(self, "_is_replica", False):
+                raise RuntimeError(
+                    "nn.DataParallel's replicas know nothing of the standardized weights that "
+                    "bit_kernels.optim.SGD keeps; use DistributedDataParallel, or give no model to "
+                    "the optimizer"
+                )
             return None
         if torch.compiler.is_compiling():
             # A graph can't ask whether the weight has changed, so it standardizes for itself.
@@ -243,7 +251,8 @@ def _is_frozen(conv: nn.Conv2d) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -93,8 +93,8 @@ class SGD(torch.optim.Optimizer):
         self._dtype: torch.dtype | None = None
         self._kept: dict[Tensor, KeptWeight] = {}
         self._layers: list[tuple[StdConv2d, KeptWeight]] = []
-        # Gradients that `project_gradients` has projected, each with the handle of its guard.
-        self._projected: dict[Tensor, tuple[Tensor, RemovableHandle]] = {}
+        # Whose gradients are those of the raw weights, each with the handle of its guard.
+        self._projected: dict[Tensor, RemovableHandle | None] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_kept" not in self.__dict__:  # a copy, by copy.deepcopy or pickle
@@ -142,10 +142,19 @@ class SGD(torch.optim.Optimizer):
                 )
             kept[parameter] = KeptWeight(parameter, standardizing[0].eps, self._dtype)
             layers += [(m, kept[parameter]) for m in standardizing]
+        taken = [layer for layer, w in layers if layer._kept and w.parameter.grad is not None]
+        if taken:
+            raise ValueError(
+                f"model has gradients of standardized weights that another optimizer keeps, of "
+                f"{taken[0]} for one; call its release() or zero_grad() first"
+            )
         self._kept |= kept
         self._layers += layers
         for layer, weight in layers:
             layer._kept = weight
+        for parameter in kept:
+            if parameter.grad is not None:
+                self._projected[parameter] = self._guard(parameter)
         # An optimizer that is gone must not leave gradients unprojected.
         weakref.finalize(self, _detach, layers).atexit = False
 
@@ -188,10 +197,10 @@ class SGD(torch.optim.Optimizer):
         kept = [] if treatment.eps is None else [self._kept[p] for p in params]
         momenta = []
         if group["momentum"] != 0:
-            if treatment.fresh:
-                for p in params:
-                    self.state[p]["momentum_buffer"] = torch.empty_like(p)
-            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            momenta = [
+                torch.empty_like(p) if treatment.fresh else self.state[p]["momentum_buffer"]
+                for p in params
+            ]
         sgd(
             params,
             [p.grad for p in params],
@@ -209,6 +218,9 @@ class SGD(torch.optim.Optimizer):
         )
         for weight in kept:
             weight.mark()
+        if treatment.fresh:  # only now: they were uninitialised
+            for p, momentum in zip(params, momenta, strict=True):
+                self.state[p]["momentum_buffer"] = momentum
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -269,21 +281,35 @@ class SGD(torch.optim.Optimizer):
         for p, weight in self._kept.items():
             if p.grad is None or not self._is_deferred(p):
                 continue
+            guard = self._guard(p)
             p.grad.copy_(reference.project_gradient(p.grad, p, weight.eps))
-            if p in self._projected:  # a gradient of before, which is gone
-                self._projected[p][1].remove()
-            handle = p.register_post_accumulate_grad_hook(_guard(p.grad))
-            self._projected[p] = p.grad, handle
+            self._projected[p] = guard
 
     def _is_deferred(self, p: Tensor) -> bool:
         """Whether the gradient of `p` is that of its standardized form."""
-        if p not in self._kept:
-            return False
-        return p not in self._projected or self._projected[p][0] is not p.grad
+        return p in self._kept and p not in self._projected
+
+    def _guard(self, p: Tensor) -> RemovableHandle | None:
+        """Looks out for a backward that adds to `p.grad`, or writes another one in its place."""
+        if not p.requires_grad:
+            return None
+        raw, projected = p.grad, self._projected
+
+        def after_accumulation(p: Tensor) -> None:
+            if p.grad is raw:
+                p.grad = None
+                raise RuntimeError(
+                    "backward added the gradient of a standardized weight to that of the raw one, "
+                    "which is now dropped; call zero_grad() before the backward, after "
+                    "project_gradients() too"
+                )
+            _remove(projected.pop(p, None))
+
+        return p.register_post_accumulate_grad_hook(after_accumulation)
 
     def _forget_projected(self) -> None:
-        for _, handle in self._projected.values():
-            handle.remove()
+        for handle in self._projected.values():
+            _remove(handle)
         self._projected.clear()
 
     def release(self) -> None:
@@ -312,16 +338,9 @@ class _Treatment(NamedTuple):
     fresh: bool
 
 
-def _guard(projected: Tensor) -> Callable[[Tensor], None]:
-    def after_accumulation(p: Tensor) -> None:
-        if p.grad is projected:
-            p.grad = None
-            raise RuntimeError(
-                "backward after project_gradients() added the gradient of a standardized weight to "
-                "that of the raw one, which is now dropped; call zero_grad() before the backward"
-            )
-
-    return after_accumulation
+def _remove(handle: RemovableHandle | None) -> None:
+    if handle is not None:
+        handle.remove()
 
 
 def _detach(layers: list[tuple[StdConv2d, KeptWeight]]) -> None:

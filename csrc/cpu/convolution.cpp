@@ -86,10 +86,12 @@ void copy_patches(const Sizes& s, const ConvGeometry& g, const float* input, int
   });
 }
 
+// The elements of `tensor` from number `offset` on, as a matrix.
 Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride,
               int64_t column_stride, int64_t offset = 0) {
   return call_aten("aten::as_strided", "", tensor, Ints({rows, columns}),
-                   Ints({row_stride, column_stride}), std::optional(offset));
+                   Ints({row_stride, column_stride}),
+                   std::optional(tensor.storage_offset() + offset));
 }
 
 // Whether the convolution is a matrix product of what lies in memory. What doesn't fit isn't:

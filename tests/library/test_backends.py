@@ -47,7 +47,13 @@ def test_small_tensors_stay_with_pytorch(monkeypatch):
 
 def test_report():
     report = bit_kernels.backends()
-    assert set(report) == {"group_norm_relu", "mixup", "norm_relu_conv", "sgd", "standardize_weight"}
+    assert set(report) == {
+        "group_norm_relu",
+        "mixup",
+        "norm_relu_conv",
+        "sgd",
+        "standardize_weight",
+    }
     for cases in report.values():
         assert cases["cpu float32"].startswith("cpp (")
         assert "float64" in cases["cpu float64"]

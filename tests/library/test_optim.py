@@ -460,6 +460,80 @@ def test_create_graph():
     torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad, rtol=1e-3, atol=1e-6)
 
 
+def trained(pending):
+    """Weights after a backward, `pending(model, make)`, which calls make() for an SGD, and a step."""
+    model, batch = network(), next(batches(1))
+    made = []
+
+    def make(kind=SGD):
+        keywords = dict(model=model, decay="all") if kind is SGD else {}
+        made.append(kind(model.parameters(), lr=0.1, **keywords))
+        return made[-1]
+
+    pending(model, make, lambda: loss_of(model, batch).backward())
+    made[-1].step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_gradients_from_before_the_optimizer_are_of_raw_weights():
+    def plainly(model, make, backward):
+        make(torch.optim.SGD)
+        backward()
+
+    def early(model, make, backward):
+        backward()
+        make()
+
+    def handed_over(model, make, backward):
+        optimizer = make()
+        backward()
+        optimizer.release()
+        make()
+
+    expected = trained(plainly)
+    for way in (early, handed_over):
+        torch.testing.assert_close(trained(way), expected, rtol=1e-4, atol=1e-5)
+
+    def contested(model, make, backward):
+        make()
+        backward()
+        with pytest.raises(ValueError, match=r"call its release\(\) or zero_grad\(\) first"):
+            SGD(model.parameters(), model=model)
+
+    torch.testing.assert_close(trained(contested), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_projected_gradients_may_be_replaced_and_weights_frozen():
+    def plainly(model, make, backward):
+        make(torch.optim.SGD)
+        backward()
+        for p in model.parameters():
+            p.grad = p.grad * 3
+
+    def replaced(model, make, backward):
+        optimizer = make()
+        backward()
+        optimizer.project_gradients()
+        for p in model.parameters():
+            p.grad = p.grad * 3
+
+    torch.testing.assert_close(trained(replaced), trained(plainly), rtol=1e-4, atol=1e-5)
+    model, batch = network(), next(batches(1))
+    optimizer = SGD(model.parameters(), model=model)
+    loss_of(model, batch).backward()
+    model.requires_grad_(False)
+    optimizer.release()
+
+
+def test_data_parallel_is_refused():
+    layer = network()[0]
+    optimizer = SGD(layer.parameters(), model=layer)  # noqa: F841
+    replica = layer._replicate_for_data_parallel()
+    replica.weight = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        replica(torch.ones(1, 3, 8, 8))
+
+
 def test_backward_after_the_step_is_noticed():
     model, batch = network(), next(batches(1))
     optimizer = SGD(model.parameters(), lr=0.1, model=model)

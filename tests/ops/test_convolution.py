@@ -98,6 +98,25 @@ def test_few_positions_forward_and_back(out, kernel, stride, dilation, layout):
     assert ours[0].stride() == unfused[0].stride() or layout == "channels_last_slice"
 
 
+@pytest.mark.parametrize("sample", ["pointwise", "3x3", IN_PARTS])
+def test_views_into_larger_memory(sample):
+    """Dense, but not at the beginning of their storage: as torch.cat's backward hands them out."""
+    tensors, geometry = make(sample, torch.float32)
+
+    def behind(tensor):
+        larger = torch.cat([torch.full_like(tensor, float("nan")), tensor])
+        return larger.contiguous(memory_format=torch.channels_last)[len(tensor) :]
+
+    expected = convolution_backward(*tensors, *geometry, [1, 1, 0])
+    ours = convolution_backward(*map(behind, tensors), *geometry, [1, 1, 0])
+    for mine, same in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, same)
+    _, x, w = tensors
+    convs = [Conv(weight, None, *map(tuple, geometry[:3]), eps=None) for weight in (w, behind(w))]
+    (a,), (b,) = (norm_relu_conv(x, Norm(1), [conv], backend="cpp") for conv in convs)
+    torch.testing.assert_close(a, b)
+
+
 def test_empty():
     tensors = torch.ones(0, 4, 6, 6), torch.ones(0, 5, 6, 6), torch.ones(4, 5, 1, 1)
     (ours,) = convolution_backward(*tensors, [1, 1], [0, 0], [1, 1], 1, [0, 1, 0])

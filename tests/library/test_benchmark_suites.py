@@ -249,7 +249,7 @@ def tiny_plan():
     schedule = dataclasses.replace(config.schedule, steps=4, batch=16, micro_batch=16)
     network = dataclasses.replace(config.network, model="R14x0.125")
     config = dataclasses.replace(config, schedule=schedule, network=network)
-    return accuracy.Plan(config, micro=8, seeds=(1, 1))
+    return accuracy.Plan(config, micro=8, seeds=(1, 1, 1))
 
 
 def test_fused_and_plain_networks_start_from_the_same_weights():

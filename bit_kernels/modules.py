@@ -190,8 +190,9 @@ def norm_relu_conv(
     residual: added to the first convolution's result.
     next_norm: groups and eps of the GroupNorm that reads that sum, to take its statistics with it.
 
-    The modules themselves are called instead, one after the other, where one has hooks, is of
-    another class (wrapped, parametrized, quantized) or pads with something but zeros.
+    The modules themselves are called instead, one after the other, where one has hooks or a
+    forward of its own, is of another class (wrapped, parametrized, quantized) or pads with
+    something but zeros.
 
     Raises ValueError as functional.norm_relu_conv does.
     """

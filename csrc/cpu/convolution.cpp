@@ -55,7 +55,8 @@ void copy_patches(const Sizes& s, const ConvGeometry& g, const float* input, int
                   int64_t end, float* patches) {
   const int64_t channels = s.channels, run = s.kernel_width * channels;
   const bool dense = g.dilation[1] == 1;
-  parallel_for(end - begin, true, [&](int64_t from, int64_t to) {
+  const bool parallel = (end - begin) * s.out_width * s.patch() >= kParallelElements;
+  parallel_for(end - begin, parallel, [&](int64_t from, int64_t to) {
     for (int64_t row = begin + from; row < begin + to; ++row) {
       const int64_t sample = row / s.out_height;
       const int64_t top = row % s.out_height * g.stride[0] - g.padding[0];

@@ -173,7 +173,7 @@ def _spread(name: str, values: ArrayLike, count: int) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.shape not in ((), (count,)):
         raise ValueError(f"{name} has shape {array.shape}; it must be a number or ({count},)")
-    return np.broadcast_to(array, (count,))
+    return np.full(count, array)
 
 
 def _places(

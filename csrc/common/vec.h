@@ -47,6 +47,8 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return multiply_add(a, b, -c); }
+
 // A NaN stays a NaN, as in torch.relu.
 inline Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
 
@@ -89,17 +91,31 @@ inline Vec load(const uint8_t* p) {
 #endif
 }
 
-inline Vec load(const BFloat16* p) {
+// Two bytes to a lane; GCC would take twice as many shuffles.
+inline Bits load_bits(const void* p) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   HalfBits half;
   memcpy(&half, p, sizeof half);
-  return (Vec)(__builtin_convertvector(half, Bits) << 16);
+  return __builtin_convertvector(half, Bits);
+#endif
+}
+
+inline Vec load(const BFloat16* p) { return (Vec)(load_bits(p) << 16); }
+
+// A number's bfloat16 in the upper half of each lane; what is below has no meaning. Of the NaNs,
+// those that a processor makes itself stay NaN.
+inline Bits round_to_bfloat16(Vec v) {
+  const Bits bits = (Bits)v;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 inline Bits to_bfloat16_bits(Vec v) {
-  Bits bits = (Bits)v;
-  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  Bits quiet_nan = Bits{} + 0x7fc0u;
-  return v != v ? quiet_nan : rounded;
+  const Bits quiet_nan = Bits{} + 0x7fc0u;
+  return v != v ? quiet_nan : round_to_bfloat16(v) >> 16;
 }
 
 inline HalfBits to_bfloat16(Vec v) { return __builtin_convertvector(to_bfloat16_bits(v), HalfBits); }

@@ -91,15 +91,74 @@ class Reversal {
   alignas(16) uint8_t order_[kMaxChannels][16] = {};
 };
 
+// The even or the odd ones of 2 * kLanes elements, the first of which lies at an odd place or not.
+template <int kOdd>
+struct EverySecond {
+  int64_t parity;
+
+  Vec load(const uint8_t* p) const {
+    typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+    const Bits both = load_bits(p);
+    return __builtin_convertvector((Integers)(kOdd ? both >> 8 : both & 0xffu), Vec);
+  }
+};
+
+// A row of the channels' constants, where it lies: in the order of its elements, and apart those at
+// even and at odd places.
+struct Constants {
+  const float *all, *even, *odd;
+
+  template <class Elements>
+  Vec at(int64_t k, Elements) const { return load(all + k); }
+  template <int kOdd>
+  Vec at(int64_t k, EverySecond<kOdd> elements) const {
+    const int64_t first = elements.parity + kOdd;
+    return load((first % 2 ? odd : even) + first / 2 + k / 2);
+  }
+};
+
+class ConstantsRow {
+ public:
+  ConstantsRow(const float* of_channel, int64_t channels, int64_t n)
+      : all_(n + kBeyond), even_(n / 2 + kBeyond), odd_(n / 2 + kBeyond) {
+    for (int64_t i = 0; i < n + kBeyond; ++i)
+      all_.data[i] = (i % 2 ? odd_ : even_).data[i / 2] = of_channel[i % channels];
+  }
+  operator Constants() const { return {all_.data, even_.data, odd_.data}; }
+
+ private:
+  static constexpr int64_t kBeyond = 2 * kLanes;  // a part of a vector is loaded whole
+  Scratch all_, even_, odd_;
+};
+
+// As write_run, of results that no NaN from outside goes into. Two vectors that hold every second
+// element become one of halves without a shuffle.
+template <bool kStream, class F>
+inline void write_numbers(BFloat16* y, int64_t n, const F& f) {
+  constexpr int64_t kLine = kLineBytes / sizeof(BFloat16);
+  const int64_t begin = kStream && to_line(y) < n ? to_line(y) : 0;
+  const int64_t step = kStream ? kLine : 2 * kLanes, end = begin + (n - begin) / step * step;
+  const int64_t parity = begin % 2;
+  write_run<false>(y, begin, f);
+  for (int64_t i = begin; i < end; i += 2 * kLanes) {
+    const Bits even = round_to_bfloat16(f(i, EverySecond<0>{parity})) >> 16;
+    const Bits odd = round_to_bfloat16(f(i, EverySecond<1>{parity})) & 0xffff0000u;
+    Whole{}.store<kStream>(reinterpret_cast<float*>(y + i), (Vec)(even | odd));
+  }
+  write_run<false>(y + end, n - end, [&](int64_t k, auto part) { return f(end + k, part); });
+}
+template <bool kStream, class T, class F>
+inline void write_numbers(T* y, int64_t n, const F& f) {
+  write_run<kStream>(y, n, f);
+}
+
 template <bool kStream, class T>
 void mixup_rows_as(const MixupBatch& batch, int64_t begin, int64_t end) {
   const int64_t n = batch.columns * batch.channels;
   const Reversal reversal(batch.columns, batch.channels);
-  const Scratch centre(n + kLanes), scale(n + kLanes);  // a part of a vector is loaded whole
-  for (int64_t i = 0; i < n; ++i) {
-    centre.data[i] = batch.centre[i % batch.channels];
-    scale.data[i] = batch.scale[i % batch.channels];
-  }
+  const ConstantsRow centres(batch.centre, batch.channels, n);
+  const ConstantsRow scales(batch.scale, batch.channels, n);
+  const Constants centre = centres, scale = scales;
   // What is turned around is read a row later: read at once it would wait until the stores before
   // it, the output's, have reached memory.
   const int64_t room = (n + 7) / 8 * 8;  // bytes
@@ -138,16 +197,16 @@ void mixup_rows_as(const MixupBatch& batch, int64_t begin, int64_t end) {
       ask_for(batch.partner[later / batch.rows], later);
     }
     if (x.other == nullptr) {
-      write_run<kStream>(y, n, [&](int64_t k, auto part) {
-        return (part.load(x.own + k) - load(centre.data + k)) * load(scale.data + k);
+      write_numbers<kStream>(y, n, [=](int64_t k, auto part) {
+        return (part.load(x.own + k) - centre.at(k, part)) * scale.at(k, part);
       });
       continue;
     }
     const float weight = batch.lam[at / batch.rows];
     const Vec lam = broadcast(weight), rest = broadcast(1 - weight);
-    write_run<kStream>(y, n, [&](int64_t k, auto part) {
-      const Vec mixed = multiply_add(part.load(x.other + k), rest, part.load(x.own + k) * lam);
-      return (mixed - load(centre.data + k)) * load(scale.data + k);
+    write_numbers<kStream>(y, n, [=](int64_t k, auto part) {
+      const Vec own = multiply_subtract(part.load(x.own + k), lam, centre.at(k, part));
+      return multiply_add(part.load(x.other + k), rest, own) * scale.at(k, part);
     });
   }
   if (kStream) finish_streaming();

@@ -97,14 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PREFIX",
-        help="of timed cases only rivals whose name starts with one of these, and the limits",
+        help="of timed cases only rivals whose name starts with one of these, and the limits, "
+        "if none of them is one",
     )
     parser.add_argument(
         "--dtype",
         nargs="+",
         default=[],
         choices=["float32", "bfloat16", "float16"],
-        help="for whole networks bfloat16 is autocast (default: float32, for step and memory bfloat16, too)",
+        help="for whole networks bfloat16 is autocast (default: float32; for step, where the "
+        "processor has instructions for it, and for memory bfloat16, too)",
     )
     parser.add_argument("--rounds", type=int, help="samples a figure (default: 15, quick: 7)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rivals")
@@ -162,7 +164,8 @@ def _only(prefixes: list[str]):
         if isinstance(case, Count):
             return case
         named = [name for name in case.providers if name.startswith(tuple(prefixes))]
-        kept = [name for name in case.providers if name in named or name in case.limits]
+        limits = () if set(named) & set(case.limits) else case.limits
+        kept = [name for name in case.providers if name in named or name in limits]
         return dataclasses.replace(case, providers=tuple(kept)) if named else None
 
     return chosen

@@ -318,6 +318,9 @@ def test_rivals_can_be_chosen(capsys):
             "conv_only",
         }
         assert "bit/NCHW" in case.providers
+    options = program._parser().parse_args(["step", "--rivals", "bit/NCHW", "conv_only/NCHW"])
+    for case in program._cases("step", options):
+        assert set(case.providers) == {"bit/NCHW", "conv_only/NCHW"}
 
 
 def test_compiled_rivals_are_added():

@@ -175,7 +175,9 @@ def _circumstances(case: Case | Count) -> str:
 def _line(result: Result, provider: str) -> str:
     by_metric = {f.metric: f for f in figures(result) if f.provider == provider}
     time = by_metric["time_ms"]
-    line = f"  {provider:<30}{time.p50:>10.4f}{time.p20:>10.4f}{time.p80:>10.4f}"
+    decimals = 4 if time.p80 < 1000 else 1
+    line = f"  {provider:<30}"
+    line += "".join(f"{value:>10.{decimals}f}" for value in (time.p50, time.p20, time.p80))
     ratios = [by_metric.get(metric) for metric in ("share_of_copy", "times_limit", "speedup")]
     line += "".join("-".rjust(9) if f is None else f"{f.p50:>9.2f}" for f in ratios)
     spread = ratios[1] or ratios[2]

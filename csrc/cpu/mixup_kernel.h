@@ -19,76 +19,39 @@ namespace {
 // doesn't see where the next one begins.
 constexpr int64_t kRowsAhead = 2;
 
-// Turns a row of pixels around. It is read from its start, as the processor expects when it fetches
-// ahead, and written in aligned parts of 8 bytes: others are slow.
+// Turns a row of pixels around, as many at a time as 16 bytes hold. It is read from its start, as the
+// processor expects when it fetches ahead.
 class Reversal {
  public:
-  Reversal(int64_t columns, int64_t channels) : columns_(columns), channels_(channels) {
+  Reversal(int64_t columns, int64_t channels) : bytes_(columns * channels), channels_(channels) {
+    const int64_t used = kPart / channels * channels;
+    for (int64_t k = 0; k < used; ++k)
+      order_[kPart - used + k] = used - channels - k / channels * channels + k % channels;
 #if defined(__SSSE3__)
-    if (channels > kMaxChannels) return;
-    // Parts begin with the same channel again after `period_` of them.
-    for (period_ = 1; period_ * kPart % channels != 0;) ++period_;
-    const int64_t last = bytes() / kPart * kPart - kPart;
-    for (int64_t i = 0; i < period_; ++i) {
-      // The pixels of the part at `last` - 8 i, whose first byte is of channel `first`.
-      const int64_t at = last - i * kPart, first = (at % channels + channels) % channels;
-      const int64_t pixels = (first + kPart - 1) / channels;
-      from_[i] = bytes() - channels - (at - first) - pixels * channels;
-      for (int64_t k = 0; k < kPart; ++k)
-        order_[i][k] = (pixels - (first + k) / channels) * channels + (first + k) % channels;
-    }
+    step_ = used;
 #endif
   }
 
   void run(const uint8_t* from, uint8_t* to) const {
-    switch (period_) {
-      case 1: return run_parts<1>(from, to);
-      case 3: return run_parts<3>(from, to);
-      case 5: return run_parts<5>(from, to);
-      default: run_pixels(from, to, 0, bytes());
+    int64_t left = bytes_;
+#if defined(__SSSE3__)
+    if (step_ > 0) {
+      const __m128i order = _mm_load_si128((const __m128i*)order_);
+      // Bytes of a part that are no whole pixel are written over by the part after it.
+      for (; left >= kPart; from += step_, left -= step_)
+        _mm_storeu_si128((__m128i*)(to + left - kPart),
+                         _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)from), order));
     }
+#endif
+    for (; left > 0; from += channels_, left -= channels_)
+      for (int64_t c = 0; c < channels_; ++c) to[left - channels_ + c] = from[c];
   }
 
  private:
-  static constexpr int64_t kPart = 8, kMaxChannels = 5;  // 16 bytes hold the pixels of any part
+  static constexpr int64_t kPart = 16;
 
-  int64_t bytes() const { return columns_ * channels_; }
-
-  // Bytes `begin` to `end` - 1 of the row turned around.
-  void run_pixels(const uint8_t* from, uint8_t* to, int64_t begin, int64_t end) const {
-    const uint8_t* pixel = from + (columns_ - 1 - begin / channels_) * channels_;
-    int64_t channel = begin % channels_;
-    for (int64_t k = begin; k < end; ++k) {
-      to[k] = pixel[channel];
-      if (++channel < channels_) continue;
-      channel = 0;
-      pixel -= channels_;
-    }
-  }
-
-  template <int64_t kPeriod>
-  void run_parts(const uint8_t* from, uint8_t* to) const {
-    int64_t end = bytes() / kPart * kPart;
-    run_pixels(from, to, end, bytes());
-#if defined(__SSSE3__)
-    __m128i order[kPeriod];
-    for (int64_t i = 0; i < kPeriod; ++i) order[i] = _mm_load_si128((const __m128i*)order_[i]);
-    // 16 bytes are read for each part, and must all be in the row.
-    const int64_t step = kPeriod * kPart, last = bytes() - 16 - from_[kPeriod - 1];
-    for (int64_t at = 0; at <= last && end >= step; at += step) {
-      for (int64_t i = 0; i < kPeriod; ++i) {
-        end -= kPart;
-        const __m128i in = _mm_loadu_si128((const __m128i*)(from + at + from_[i]));
-        _mm_storel_epi64((__m128i*)(to + end), _mm_shuffle_epi8(in, order[i]));
-      }
-    }
-#endif
-    run_pixels(from, to, 0, end);
-  }
-
-  int64_t columns_, channels_, period_ = 0;
-  int64_t from_[kMaxChannels];
-  alignas(16) uint8_t order_[kMaxChannels][16] = {};
+  int64_t bytes_, channels_, step_ = 0;
+  alignas(kPart) uint8_t order_[kPart] = {};
 };
 
 // The even or the odd ones of 2 * kLanes elements, the first of which lies at an odd place or not.

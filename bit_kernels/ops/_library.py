@@ -21,9 +21,14 @@ def apply_node(function, *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's compiler can't look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast runs a convolution of `tensor` in, or None where it doesn't."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if tensor.dtype == torch.float64 or not _has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

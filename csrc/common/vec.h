@@ -47,8 +47,6 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-inline Vec multiply_subtract(Vec a, Vec b, Vec c) { return multiply_add(a, b, -c); }
-
 // A NaN stays a NaN, as in torch.relu.
 inline Vec relu(Vec v) { return v < Vec{} ? Vec{} : v; }
 

@@ -110,14 +110,7 @@ bool is_matrix(const Tensor& input, const Tensor& weight, const ConvGeometry& g)
 }
 
 // Whether `weight` lies as a matrix (C_out, kh * kw * C_in).
-bool lies_as_matrix(const Tensor& weight) {
-  int64_t stride = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (weight.size(d) != 1 && weight.stride(d) != stride) return false;
-    stride *= weight.size(d);
-  }
-  return true;
-}
+bool lies_as_matrix(const Tensor& weight) { return lies_in(MemoryFormat::ChannelsLast, weight); }
 
 Sizes sizes_of(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
   auto out = [&](int64_t d) {

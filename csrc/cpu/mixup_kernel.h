@@ -23,13 +23,10 @@ constexpr int64_t kRowsAhead = 2;
 // processor expects when it fetches ahead.
 class Reversal {
  public:
-  Reversal(int64_t columns, int64_t channels) : bytes_(columns * channels), channels_(channels) {
-    const int64_t used = kPart / channels * channels;
-    for (int64_t k = 0; k < used; ++k)
-      order_[kPart - used + k] = used - channels - k / channels * channels + k % channels;
-#if defined(__SSSE3__)
-    step_ = used;
-#endif
+  Reversal(int64_t columns, int64_t channels)
+      : bytes_(columns * channels), channels_(channels), step_(kPart / channels * channels) {
+    for (int64_t k = 0; k < step_; ++k)
+      order_[kPart - step_ + k] = step_ - channels - k / channels * channels + k % channels;
   }
 
   void run(const uint8_t* from, uint8_t* to) const {
@@ -50,7 +47,7 @@ class Reversal {
  private:
   static constexpr int64_t kPart = 16;
 
-  int64_t bytes_, channels_, step_ = 0;
+  int64_t bytes_, channels_, step_;  // step_: bytes of the whole pixels in a part, maybe none
   alignas(kPart) uint8_t order_[kPart] = {};
 };
 
@@ -124,13 +121,12 @@ void mixup_rows_as(const MixupBatch& batch, int64_t begin, int64_t end) {
   const Constants centre = centres, scale = scales;
   // What is turned around is read a row later: read at once it would wait until the stores before
   // it, the output's, have reached memory.
-  const int64_t room = (n + 7) / 8 * 8;  // bytes
-  const Scratch turned(room);            // two rows of each of two images
+  const Scratch turned(n);  // in bytes, two rows of each of two images
   auto row_of = [&](int64_t image, int64_t at, int spare) -> const uint8_t* {
     const MixupImage& x = batch.images[image];
     const uint8_t* from = x.corner + at % batch.rows * x.stride;
     if (!x.flip) return from;
-    uint8_t* to = reinterpret_cast<uint8_t*>(turned.data) + spare * room;
+    uint8_t* to = reinterpret_cast<uint8_t*>(turned.data) + spare * n;
     reversal.run(from, to);
     return to;
   };
@@ -168,7 +164,7 @@ void mixup_rows_as(const MixupBatch& batch, int64_t begin, int64_t end) {
     const float weight = batch.lam[at / batch.rows];
     const Vec lam = broadcast(weight), rest = broadcast(1 - weight);
     write_numbers<kStream>(y, n, [=](int64_t k, auto part) {
-      const Vec own = multiply_subtract(part.load(x.own + k), lam, centre.at(k, part));
+      const Vec own = multiply_add(part.load(x.own + k), lam, -centre.at(k, part));
       return multiply_add(part.load(x.other + k), rest, own) * scale.at(k, part);
     });
   }

@@ -11,23 +11,6 @@
 namespace bit_kernels {
 namespace {
 
-// Whether the elements lie one after another in the order of `format`.
-bool lies_in(MemoryFormat format, const Tensor& tensor) {
-  const int64_t dims = tensor.dim();
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t expected = 1;
-  auto fits = [&](int64_t d) {
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-    expected *= sizes[d];
-    return true;
-  };
-  const bool channels_last = format != MemoryFormat::Contiguous;
-  if (channels_last && !fits(1)) return false;
-  for (int64_t d = dims - 1; d >= 0; --d)
-    if (!(channels_last && d == 1) && !fits(d)) return false;
-  return true;
-}
-
 // A tensor in the order that the kernel works in: itself or, where it lies otherwise, a copy.
 class Ordered {
  public:

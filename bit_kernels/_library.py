@@ -1,10 +1,12 @@
-"""Are the native libraries there, and if not, why, in one sentence.
+"""Are the native libraries and Triton there, and if not, why, in one sentence.
 
 `native` holds torch's ops, `data` what takes NumPy arrays; None where `why_not` or `why_not_data`
-says why.
+says why. `why_not_triton` says why GPUs have no kernels.
 """
 
 import importlib
+import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -34,7 +36,22 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     )
 
 
-native, why_not = _load("_native")
+# Triton's interpreter takes the CPU's place: the GPU's kernels run on tensors of the CPU, slowly, to
+# be tested. Triton reads its own variable when it is imported.
+interpreted = os.environ.get("BIT_KERNELS_INTERPRET") == "1"
+if interpreted:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+why_not_triton = None
+if importlib.util.find_spec("triton") is None:
+    why_not_triton = (
+        "Triton, which GPU kernels are written in, is not installed: pip install triton"
+    )
+
+if interpreted:
+    native, why_not = None, "with BIT_KERNELS_INTERPRET=1 Triton's interpreter takes its place"
+else:
+    native, why_not = _load("_native")
 data, why_not_data = _load("_data")
 if native is None:  # whose threads it works on
     data, why_not_data = None, why_not

@@ -1,11 +1,28 @@
-"""What "correct" means here: the error rule, memory layouts, an op with its gradients."""
+"""What "correct" means here: the error rule, memory layouts, an op with its gradients.
+
+Tests of ops run in three modes, each in a process of its own:
+
+    pytest                                           the C++ kernels, on the CPU
+    BIT_KERNELS_INTERPRET=1 pytest tests/ops ...     Triton's, by its interpreter, on the CPU
+    DEVICE=cuda pytest tests/ops ...                 Triton's, on a GPU
+"""
 
 import importlib
+import os
 
+import pytest
 import torch
 from torch import Tensor
 
+DEVICE = os.environ.get("DEVICE", "cpu")
+INTERPRETED = os.environ.get("BIT_KERNELS_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED or DEVICE != "cpu" else "cpp"
+
+of_the_cpu = pytest.mark.skipif(BACKEND != "cpp", reason="about the CPU's kernels alone")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+if INTERPRETED:  # Triton's interpreter truncates where bfloat16 must be rounded
+    DTYPES.remove(torch.bfloat16)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -10,8 +10,11 @@ Parts that other ops are made of: group_norm_relu_apply is the forward with know
 passes, nothing read twice), add_group_statistics a sum in place that takes its own statistics as it
 passes, and the backward adds another gradient of x, if there is one, to what it writes.
 
-Implementations: csrc/cpu/group_norm_relu.cpp, bit_kernels/reference.py.
+Implementations: csrc/cpu/group_norm_relu.cpp, bit_kernels/triton/group_norm_relu.py,
+bit_kernels/reference.py.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -19,7 +22,14 @@ from torch import Tensor
 from bit_kernels import reference
 from bit_kernels.backends import choose
 from bit_kernels.ops._layout import empty_output
-from bit_kernels.ops._library import REFUSALS, apply_node, call_kernel, library
+from bit_kernels.ops._library import (
+    REFUSALS,
+    apply_node,
+    call_kernel,
+    gpu_kernels,
+    implement,
+    library,
+)
 from bit_kernels.ops._statistics import recall
 
 library.define(
@@ -71,7 +81,7 @@ def group_norm_relu(
         weight, bias: (C,), of the input's dtype, or float32 with a bfloat16 or float16 input.
         eps: added to the variance.
         relu: False gives the normalisation alone.
-        backend: None chooses; "cpp" or "reference" insists.
+        backend: None chooses; "cpp", "triton" or "reference" insists.
 
     Returns:
         (N, C, *), of the input's dtype and layout.
@@ -83,26 +93,69 @@ def group_norm_relu(
         ValueError: an argument's shape, dtype or device is none of these.
     """
     try:
-        if choose("group_norm_relu", input, backend) == "reference":
+        served_by = choose("group_norm_relu", input, backend)
+        if served_by == "reference":
             return reference.group_norm_relu(input, num_groups, weight, bias, eps, relu=relu)
         if torch.compiler.is_compiling():
             return _forward_op(input, num_groups, weight, bias, eps, relu)[0]
         statistics = recall(input, num_groups, eps)
         if not torch.is_grad_enabled():
-            return _forward(input, num_groups, weight, bias, eps, relu, statistics)[0]
+            return _forward(input, num_groups, weight, bias, eps, relu, statistics, served_by)[0]
         # A node of our own costs less than the dispatcher's path to the same backward.
-        return apply_node(_GroupNormReLU, input, num_groups, weight, bias, eps, relu, statistics)
+        return apply_node(
+            _GroupNormReLU, input, num_groups, weight, bias, eps, relu, statistics, served_by
+        )
     except REFUSALS:
         # Nothing was computed; this says why in the words of this function's arguments.
         _check(input, num_groups, weight, bias)
         raise
 
 
-def _forward(input, num_groups, weight, bias, eps, relu, statistics):
+def _forward(input, num_groups, weight, bias, eps, relu, statistics, served_by):
+    forward, apply, _ = _KERNELS[served_by]
     if statistics is None:
-        return call_kernel(_forward_op, input, num_groups, weight, bias, eps, relu)
+        return forward(input, num_groups, weight, bias, eps, relu)
     mean, rstd = statistics
-    return call_kernel(_apply_op, input, mean, rstd, weight, bias, relu), mean, rstd
+    return apply(input, mean, rstd, weight, bias, relu), mean, rstd
+
+
+def _gpu_forward(input, num_groups, weight, bias, eps, relu):
+    _check(input, num_groups, weight, bias)
+    return gpu_kernels("group_norm_relu").forward(input, num_groups, weight, bias, eps, relu)
+
+
+def _gpu_apply(input, mean, rstd, weight, bias, relu):
+    _check(input, mean.shape[1], weight, bias)
+    _check_statistics(input, mean, rstd)
+    return gpu_kernels("group_norm_relu").apply(input, mean, rstd, weight, bias, relu)
+
+
+def _gpu_add(input, other, num_groups, eps):
+    _check(input, num_groups, None, None)
+    _check_like(input, "other", other)
+    return gpu_kernels("group_norm_relu").add(input, other, num_groups, eps)
+
+
+def _gpu_backward(grad_output, input, mean, rstd, weight, bias, relu, grad_skip=None):
+    _check(input, mean.shape[1], weight, bias)
+    _check_statistics(input, mean, rstd)
+    _check_like(input, "grad_output", grad_output)
+    if grad_skip is not None:
+        _check_like(input, "grad_skip", grad_skip)
+    return gpu_kernels("group_norm_relu").backward(
+        grad_output, input, mean, rstd, weight, bias, relu, grad_skip
+    )
+
+
+# forward, apply and backward of a backend; arguments and results are those of the ops.
+_KERNELS = {
+    "cpp": (
+        functools.partial(call_kernel, _forward_op),
+        functools.partial(call_kernel, _apply_op),
+        _backward_op,
+    ),
+    "triton": (_gpu_forward, _gpu_apply, _gpu_backward),
+}
 
 
 def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -130,6 +183,24 @@ def _check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}; with an input of {input.dtype} it may be that, "
                 "or float32 beside a half type"
+            )
+
+
+def _check_like(input: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.shape != input.shape or tensor.dtype != input.dtype or tensor.device != input.device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; with this input it "
+            f"must be {input.dtype} {tuple(input.shape)} on {input.device}"
+        )
+
+
+def _check_statistics(input: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    shape = (input.shape[0], mean.shape[1])
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device != input.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be "
+                f"torch.float32 {shape} on {input.device}"
             )
 
 
@@ -165,6 +236,7 @@ def _save(ctx, inputs, mean, rstd):
     input, _, weight, bias, eps, relu = inputs
     ctx.save_for_backward(input, weight, bias, mean, rstd)
     ctx.eps, ctx.relu = eps, relu
+    ctx.backward_kernel = _backward_op
 
 
 def _setup_context(ctx, inputs, output):
@@ -187,7 +259,7 @@ def _backward(ctx, grad_output, *_grad_statistics):
             grad_output,
         )
         return _for_inputs(ctx, *grads)
-    grad_input, grad_weight, grad_bias = _backward_op(
+    grad_input, grad_weight, grad_bias = ctx.backward_kernel(
         grad_output, input, mean, rstd, weight, bias, ctx.relu
     )
     needs = ctx.needs_input_grad
@@ -208,7 +280,8 @@ class _GroupNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output, mean, rstd = _forward(*inputs)
-        _save(ctx, inputs[:-1], mean, rstd)
+        _save(ctx, inputs[:6], mean, rstd)
+        ctx.backward_kernel = _KERNELS[inputs[-1]][2]
         ctx.statistics = mean, rstd  # for a convolution that makes the output again
         return output
 
@@ -220,7 +293,7 @@ torch.library.register_autograd(
 )
 
 
-# Where no kernel is registered for a device, the op itself still runs; statistics are float32, or
+# Where no C++ kernel is registered for a device, the op itself still runs; statistics are float32, or
 # float64 for float64.
 
 
@@ -287,7 +360,7 @@ def plain_backward(grad_output, input, mean, rstd, weight, bias, relu, grad_skip
     return empty_output(input).copy_(grad_input), grad_weight, grad_bias
 
 
-library.impl("group_norm_relu", plain, "CompositeExplicitAutograd")
-library.impl("group_norm_relu_apply", plain_apply, "CompositeExplicitAutograd")
-library.impl("add_group_statistics", plain_add, "CompositeExplicitAutograd")
-library.impl("group_norm_relu_backward", plain_backward, "CompositeExplicitAutograd")
+implement("group_norm_relu", "group_norm_relu", plain, _gpu_forward)
+implement("group_norm_relu_apply", "group_norm_relu", plain_apply, _gpu_apply)
+implement("add_group_statistics", "group_norm_relu", plain_add, _gpu_add)
+implement("group_norm_relu_backward", "group_norm_relu", plain_backward, _gpu_backward)

@@ -89,7 +89,7 @@ def mixup(
         raise ValueError(f"mean is {mean} and std {std}; they must be finite, and std more than 0")
     corners, flips = _places(shapes, crop, corners, flips)
     out = _output(out, (len(partner), channels, *crop), dtype)
-    if choose_mixup(dtype, backend) == "reference":
+    if choose_mixup(out.device, dtype, backend) == "reference":
         return out.copy_(
             reference.mixup(images, lam, partner, crop, corners, flips, mean, std, dtype)
         )

@@ -1,0 +1,80 @@
+"""The way every kernel is launched, or, to check it without a GPU, only noted."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """One launch: `args` in the kernel's order, constexprs and options by name."""
+
+    kernel: Any  # a triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+
+
+_noted: ContextVar[list[Launch] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, launches are put into the list and nothing runs; tensors may be of the meta device."""
+    launches: list[Launch] = []
+    token = _noted.set(launches)
+    try:
+        yield launches
+    finally:
+        _noted.reset(token)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, **constexprs) -> None:
+    """kernel[grid](*args, **constexprs) on the device of the first tensor and its current stream.
+
+    grid: programs in up to three dimensions; the first may be 2^31 - 1, the others 65535. With none
+        nothing runs.
+    num_warps: of 32 threads, for each program.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps}
+    noted = _noted.get()
+    if noted is not None:
+        noted.append(Launch(kernel, grid, args, constexprs, options))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constexprs, **options)
+    else:
+        kernel[grid](*args, **constexprs, **options)
+
+
+@functools.cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units); an H100's where there is no GPU."""
+    return _properties(device.index).multi_processor_count if device.type == "cuda" else 132
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the L2 cache; an H100's where there is no GPU."""
+    return _properties(device.index).L2_cache_size if device.type == "cuda" else 50 << 20
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is at least `number`, and at least 1."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

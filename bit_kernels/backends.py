@@ -73,8 +73,6 @@ def _fastest(device: torch.device) -> str:
 
 
 def _is_small(op: str, input: Tensor) -> bool:
-    if not input.is_cpu or _library.interpreted:
-        return False
     if torch.compiler.is_compiling():  # a compiled graph calls the kernel directly
         return False
     # Without an autograd node the kernel is the faster one, and gives an evaluation the bits of the
@@ -98,9 +96,10 @@ def choose(op: str, input: Tensor, backend: str | None = None) -> str:
     """
     if not input.is_floating_point():
         raise ValueError(f"{op} got dtype {input.dtype}; it may be a floating dtype")
-    if backend is None and _is_small(op, input):
+    chosen = _answer(op, backend, input.device, input.dtype)
+    if backend is None and chosen == "cpp" and _is_small(op, input):
         return "reference"
-    return _answer(op, backend, input.device, input.dtype)
+    return chosen
 
 
 def choose_mixup(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:

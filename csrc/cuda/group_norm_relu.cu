@@ -6,13 +6,13 @@
 // groups of one sample, and each block keeps some of its rows (pixels) in shared memory:
 //
 //            channels of a slice          forward                       backward
-//            +-----------------+          mean, then deviations from    sums of g and g * (x - mean)
-//   block 0  |  rows of pixels |          it, of a block's own rows     a channel, of own rows
+//            +-----------------+          mean, then deviations from    sums of g, g * (x - mean) of
+//   block 0  |  rows of pixels |          it, of a block's own rows     a channel in its own rows
 //   block 1  |                 |          moments of all blocks merged  sums of all blocks added
 //      ...   +-----------------+          y written                     dx written
 //
-// Memory passes: 2 forward (read x, write y), 3 backward (read x and dy, write dx). The gradients of
-// weight and bias are written as sums of each sample, which a second small kernel adds up. The
+// Memory passes: 2 forward (read x, write y), 3 backward (read x and dy, write dx). The gradients
+// of weight and bias are written as sums of each sample, which a second small kernel adds up. The
 // ReLU's mask is recomputed from x by the formula of the forward. Every sum has a fixed order.
 #include "device.cuh"
 #include "kernels.h"
@@ -110,9 +110,9 @@ struct Slice {
   int64_t offset;  // of its first element in the tensor
 
   __device__ explicit Slice(const Plan& plan) : plan(plan), cluster(plan.cluster) {
-    const int64_t slice = blockIdx.x / plan.cluster;
+    const unsigned slice = blockIdx.x / plan.cluster;
     sample = slice / plan.slices;
-    first_channel = slice % plan.slices * plan.width;
+    first_channel = slice % plan.slices * static_cast<int64_t>(plan.width);
     rows = plan.rows_of(cluster.rank());
     const int64_t first_row = static_cast<int64_t>(cluster.rank()) * plan.rows;
     offset = (sample * plan.pixels + first_row) * plan.channels + first_channel;
@@ -245,8 +245,8 @@ struct Slice {
 template <class T, int kVector>
 __global__ void __launch_bounds__(kMostThreads, 2)
     forward(const __grid_constant__ Plan plan, const T* __restrict__ input, ChannelVector weight,
-            ChannelVector bias, float eps, bool relu, T* __restrict__ output, float* __restrict__ mean,
-            float* __restrict__ rstd) {
+            ChannelVector bias, float eps, bool relu, T* __restrict__ output,
+            float* __restrict__ mean, float* __restrict__ rstd) {
   const Slice<T, kVector> slice(plan);
   T* const x = reinterpret_cast<T*>(shared_memory);
   const Scratch scratch(plan);
@@ -570,9 +570,9 @@ Grid grid_of(const Plan& plan) {
 }  // namespace
 
 extern "C" const char* bit_kernels_group_norm_relu_cut(const GroupNormShape* shape, bool backward,
-                                                       GroupNormCut* cut) {
+                                                       int number, GroupNormCut* cut) {
   Device device;
-  if (const char* wrong = in_words(device.read())) return wrong;
+  if (const char* wrong = in_words(device.read(number))) return wrong;
   Plan plan;
   if (const char* wrong = choose_plan(*shape, backward, true, device, &plan)) return wrong;
   const Grid grid = grid_of(plan);
@@ -581,9 +581,10 @@ extern "C" const char* bit_kernels_group_norm_relu_cut(const GroupNormShape* sha
   return nullptr;
 }
 
-extern "C" const char* bit_kernels_group_norm_relu(const GroupNormForward* a, void* stream) {
+extern "C" const char* bit_kernels_group_norm_relu(const GroupNormForward* a, int number,
+                                                   void* stream) {
   Device device;
-  if (const char* wrong = in_words(device.read())) return wrong;
+  if (const char* wrong = in_words(device.read(number))) return wrong;
   Plan plan;
   const bool aligned = is_aligned(a->input) && is_aligned(a->output);
   if (const char* wrong = choose_plan(a->shape, false, aligned, device, &plan)) return wrong;
@@ -595,9 +596,9 @@ extern "C" const char* bit_kernels_group_norm_relu(const GroupNormForward* a, vo
 }
 
 extern "C" const char* bit_kernels_group_norm_relu_backward(const GroupNormBackward* a,
-                                                            void* stream) {
+                                                            int number, void* stream) {
   Device device;
-  if (const char* wrong = in_words(device.read())) return wrong;
+  if (const char* wrong = in_words(device.read(number))) return wrong;
   Plan plan;
   const bool aligned = is_aligned(a->input) && is_aligned(a->grad_output) &&
                        is_aligned(a->grad_input) && is_aligned(a->grad_skip);

@@ -3,6 +3,8 @@
 The op's rivals are declared in `benchmarks/ops/mixup.py`. The share of a step that waits for data
 is that of the project's own training loop: the same updates, on batches that the loader's thread
 prepares meanwhile (`loaded`), and on batches that are tensors already (`at_hand`).
+
+On a GPU there is the op alone, from images on the device and in the host's pinned memory.
 """
 
 import functools
@@ -15,10 +17,7 @@ from torch import Tensor
 
 from benchmarks.ops import mixup
 from benchmarks.runner import Case
-from bit.config import Config, Images, Network, Run, Schedule, resolve
 from bit.data import Batch, Split
-from bit.task import Task
-from bit.train import Trainer
 
 LOADED, AT_HAND = "loaded", "at_hand"
 UPDATES = 8  # in one call: more than the loader prepares ahead while others are timed
@@ -43,10 +42,26 @@ CASES = [
 ]
 
 
+CUDA_DTYPES = ("bfloat16", "float32")
+
+
+def left_out(device: str) -> list[str]:
+    if device == "cpu":
+        return []
+    return ["wait/: bit.train logs the share of each update that waited for data (data_share)"]
+
+
 def cases(
-    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+    *,
+    threads: list[int],
+    dtypes: list[str],
+    quick: bool = False,
+    compiled: bool = False,
+    device: str = "cpu",
 ) -> list[Case]:
     """The op's cases, then training with and without loading, in float32."""
+    if device == "cuda":
+        return mixup.gpu_cases(dtypes=dtypes, quick=quick)
     found = mixup.cases(threads=threads, dtypes=dtypes, quick=quick, compiled=compiled)
     return found + [
         _case(case, max(threads)) for case in CASES if case.quick == quick and "float32" in dtypes
@@ -74,6 +89,11 @@ class WaitWorkload:
     """
 
     def __init__(self, case: WaitCase, threads: int):
+        # Training needs packages that the op and its rivals do without.
+        from bit.config import Config, Images, Network, Run, Schedule, resolve
+        from bit.task import Task
+        from bit.train import Trainer
+
         count, side = case.images * UPDATES, case.side * 8 // 7
         rng = np.random.default_rng(0)
         pixels = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)

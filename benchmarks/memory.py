@@ -10,6 +10,8 @@ and storages without bytes), by the same code. Metrics, in MB of 10^6 bytes:
   total               of all these: an upper bound, as gradients come while activations go
   peak_allocated      the most that tensors took in the second step of a process of its own
   peak_resident       the most that this process took of the machine, without Python and libraries
+
+On a GPU see gpu_memory.py.
 """
 
 import argparse
@@ -66,10 +68,22 @@ CASES = [
 RUN = ("bit", "timm", "timm_batch_norm", "conv_only")  # in processes of their own
 
 
+CUDA_DTYPES = ("bfloat16",)
+
+
 def cases(
-    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+    *,
+    threads: list[int],
+    dtypes: list[str],
+    quick: bool = False,
+    compiled: bool = False,
+    device: str = "cpu",
 ) -> list[Count]:
     """Each network by accounting, and the peak of those that can run here; eager rivals only."""
+    if device == "cuda":
+        from benchmarks import gpu_memory
+
+        return gpu_memory.cases(dtypes=dtypes, quick=quick)
     found = []
     for case in CASES:
         if case.quick != quick or case.dtype not in dtypes:

@@ -299,14 +299,15 @@ def _run(
             else:
                 network = matrix_of(case.dtype) if case.images else None
                 results.append(_measured(case, copy, network, rounds, seed))
-                out.append(report.rows(results[-1], run))
-                print("\n".join(report.lines(results[-1])), flush=True)
+                _write(results[-1], out, run)
             done += 1
             if device == "cuda" and (lost := cuda.lost()):
                 stopped = f"the GPU answers no more ({lost})"
                 break
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         stopped = "interrupted"
+        if hasattr(stop, "result"):
+            _write(stop.result.cut(), out, run)
     if stopped:
         print(f"\n{stopped} after {done} of {len(cases)} cases", file=sys.stderr, flush=True)
     limits = report.limit_rows(suite, results, run)
@@ -317,11 +318,17 @@ def _run(
         print(f"{row.provider}, {where}: {row.p50} {row.unit} ({row.p20} to {row.p80})")
     finish()
     print("\n".join(report.summary(results)))
-    print(f"written: {out.path}", flush=True)
-    _draw(suite, out.path)
+    if out.path.is_file():  # there may be nothing to say
+        print(f"written: {out.path}", flush=True)
+        _draw(suite, out.path)
     if stopped == "interrupted":
         return 130
     return 1 if lost or red or any(result.red for result in results) else 0
+
+
+def _write(result: Result, out: report.CsvFile, run: report.Run) -> None:
+    out.append(report.rows(result, run))
+    print("\n".join(report.lines(result)), flush=True)
 
 
 def _measured(case: Case, copy, matrix, rounds: int, seed: int) -> Result:

@@ -65,7 +65,8 @@ def parse(lines: Iterable[str]) -> dict[str, list[float]]:
             continue
         for (metric, _), cell in zip(ASKED.values(), cells):
             with contextlib.suppress(ValueError):  # "[N/A]"
-                found.setdefault(metric, []).append(float(cell))
+                value = float(cell)
+                found.setdefault(metric, []).append(value)
     return found
 
 

@@ -6,7 +6,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks import gpu_state
-from benchmarks.runner import COPY, MATRIX, Case, Count, Figure, Refusal, Result, quantile
+from benchmarks.runner import (
+    COPY,
+    MATRIX,
+    Case,
+    Count,
+    Figure,
+    Refusal,
+    Result,
+    quantile,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Row:
     "x PROVIDER", the fastest limit and the fastest baseline; "images_per_s"; "copy_gbps" in GB/s
     and "matrix_gflops" in GFLOP/s, the limits of the machine; "busy_cores", what other processes
     used, in cores. Of GPUs also "graph_replay", 1 if what was timed are replays of a CUDA graph and
-    0 if every call was launched; "busy_share" before the run, in 1; and what the driver said during
+    0 if calls could not be captured; "busy_share" before the run, in 1; and what the driver said during
     it. Threads are 1 there. Suites that count rather than time say in their docstring what they
     count.
     """
@@ -220,7 +229,7 @@ def _line(result: Result, provider: str) -> str:
     spread = ratios[1] or ratios[2]
     if spread is not None:
         line += f"  {spread.p20:.2f}-{spread.p80:.2f}"
-    if result.case.capture and result.eager.get(provider):
+    if result.eager.get(provider):
         line += f"  (no graph: {result.eager[provider]})"
     return line
 

@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -144,7 +144,7 @@ class Result:
     """Samples of one case, one a round: seconds a call by provider, GB/s of the copy, GFLOP/s.
 
     red: the reason why a provider has no figure. absent: likewise, where this machine hasn't it.
-    eager: why a provider wasn't timed as a CUDA graph, None where it was; of GPUs only.
+    eager: why a provider wasn't timed as a CUDA graph, None where it was; of `Case.capture` only.
     """
 
     case: Case
@@ -154,6 +154,11 @@ class Result:
     red: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     eager: dict[str, str | None] = field(default_factory=dict)
+
+    def cut(self, least: int = 3) -> "Result":
+        """Without the rivals that have fewer samples, for a case that was interrupted."""
+        kept = {name: values for name, values in self.seconds.items() if len(values) >= least}
+        return replace(self, seconds=kept)
 
     def median(self, provider: str) -> float:
         return quantile(self.seconds[provider], 0.5)
@@ -396,7 +401,7 @@ def measure(
 ) -> Result:
     """Gates and times one case; `min_sample` is the shortest sample in seconds.
 
-    clock: of the case's device, if None.
+    clock: of the case's device, if None. A KeyboardInterrupt has the rounds until then as `result`.
     """
     result = Result(case)
     clock = clock or clock_of(case.device)
@@ -404,19 +409,24 @@ def measure(
     if matrix is not None:
         probes[MATRIX] = (matrix, result.matrix_gflops)
     torch._dynamo.reset()  # torch.compile gives up on a function after 8 forms of it
-    with clock.session(case.threads), _no_collection():
-        workload = case.prepare()
-        check = Gate(case, workload)
-        for providers in [[name] for name in case.providers] if case.alone else [case.providers]:
-            allowed = _pass_gate(result, check, providers, clock)
-            if not case.alone:
-                check = None  # its tensors are memory that rivals can use
-            racers = _racers(result, workload, allowed, clock, min_sample)
-            _take_turns(result, racers, probes, rounds, seed, clock)
-            if case.alone:
-                racers.clear()
-                getattr(workload, "drop", lambda provider: None)(*providers)
-                clock.free()
+    try:
+        with clock.session(case.threads), _no_collection():
+            workload = case.prepare()
+            check = Gate(case, workload)
+            alone = [[name] for name in case.providers]
+            for providers in alone if case.alone else [case.providers]:
+                allowed = _pass_gate(result, check, providers, clock)
+                if not case.alone:
+                    check = None  # its tensors are memory that rivals can use
+                racers = _racers(result, workload, allowed, clock, min_sample)
+                _take_turns(result, racers, probes, rounds, seed, clock)
+                if case.alone:
+                    racers.clear()
+                    getattr(workload, "drop", lambda provider: None)(*providers)
+                    clock.free()
+    except KeyboardInterrupt as stop:
+        stop.result = result
+        raise
     return result
 
 
@@ -433,7 +443,8 @@ def _pass_gate(result: Result, check: Gate, providers: Sequence[str], clock: Clo
 
 def _refuse(result: Result, refusal: Refusal, clock: Clock) -> None:
     (result.red if refusal.red else result.absent)[refusal.provider] = refusal.reason
-    clock.free()
+    if refusal.red:
+        clock.free()
 
 
 def _racers(
@@ -450,7 +461,7 @@ def _racers(
         calls = None
         if refusal is not None:  # only here has the error let go of what it held
             _refuse(result, refusal, clock)
-        elif result.case.device != "cpu":
+        elif result.case.capture:
             result.eager[provider] = racers[provider].why_eager
     return racers
 
@@ -464,6 +475,7 @@ def _take_turns(
     for probe, _ in probes.values():
         probe.sample()
     seconds = {provider: [] for provider in racers}
+    result.seconds |= seconds  # from now on: what is interrupted keeps its rounds
     position = 0
     for order in orders([*racers, *probes], rounds, f"{seed}/{case.name}/{case.threads}"):
         for name in order:
@@ -478,9 +490,8 @@ def _take_turns(
                 except Exception as error:
                     refusal = refusal_of(name, error)
                 if refusal is not None:
-                    del racers[name], seconds[name]
+                    del racers[name], result.seconds[name]
                     _refuse(result, refusal, clock)
-    result.seconds |= seconds
 
 
 @contextmanager

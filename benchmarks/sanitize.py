@@ -14,7 +14,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 SECONDS = 150  # for each tool
 FOUND = 9  # exit status for what a tool found, beside the command's own
 COMMAND = ("-m", "benchmarks", "ops", "--device", "cuda", "--quick", "--check")
-OURS = ("--rivals", "triton", "cuda", "eager")
+OURS = ("--rivals", "triton", "cuda", "eager", "--dtype", "bfloat16", "float32")
 
 
 def program() -> str | None:

@@ -77,7 +77,7 @@ GPU_NETWORKS = (
     "timm_graph",
     "timm_batch_norm_graph",
 )
-GPU_LARGE = ("bit", "bit_graph", "timm", "timm_graph", "conv_only", "conv_only_graph")
+GPU_LARGE = ("bit", "conv_only", "bit_graph", "conv_only_graph", "timm", "timm_graph")
 GPU_COMPILED = ("bit_compiled", "timm_compiled", "timm_batch_norm_compiled")
 GPU_BESIDE_COMPILED = ("bit", "timm", "timm_batch_norm", "conv_only")
 GPU_LIMITS = ("conv_only", "conv_only_graph")
@@ -166,17 +166,21 @@ def _gpu_case(case: StepCase, networks: Sequence[str]) -> Case:
         dtype=case.dtype,
         threads=1,
         providers=named,
-        baselines=tuple(set(providers(BASELINES, ["channels_last"])) & set(named)) or named[-1:],
+        baselines=_among(named, BASELINES) or named[-1:],
         prepare=functools.partial(
             StepWorkload, case, "cuda", tuple(dict.fromkeys(map(rivals.plain_of, named)))
         ),
         plain={provider: rivals.plain_of(provider, "channels_last") for provider in named},
         room=GATE_ROOM,
-        limits=tuple(set(providers(GPU_LIMITS, ["channels_last"])) & set(named)),
+        limits=_among(named, GPU_LIMITS),
         images=case.images,
         device="cuda",
         alone=case.alone,
     )
+
+
+def _among(named: Sequence[str], networks: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in providers(networks, ["channels_last"]) if name in named)
 
 
 def _case(case: StepCase, threads: int, compiled: bool) -> Case:

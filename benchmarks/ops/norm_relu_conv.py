@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import cuda
-from benchmarks.ops import LAYOUTS, OpCase, group_norm_relu, on_backends, serve, standardize_weight
+from benchmarks.ops import (
+    LAYOUTS,
+    OpCase,
+    group_norm_relu,
+    on_backends,
+    serve,
+    standardize_weight,
+)
 from benchmarks.shapes import network_shapes
 from bit_kernels import functional, reference
 

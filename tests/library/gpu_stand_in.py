@@ -77,6 +77,7 @@ class Gpu:
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(torch.backends.cudnn, "benchmark", False)
+        patch.setattr(torch.backends.cudnn, "version", lambda: 91300)
         patch.setattr(
             torch._C,
             "_cuda_endAllocateToPool",

@@ -113,7 +113,10 @@ def probe(case: MemoryCase, provider: str, device: str = "cuda") -> dict[str, in
     torch.cuda.synchronize()
     found = {"peak_allocated": torch.cuda.max_memory_allocated() - before}
     take_step.network.zero_grad(set_to_none=True)
-    saved = memory.saved_bytes(take_step.network, *batch, case.dtype)
+    try:
+        saved = memory.saved_bytes(take_step.network, *batch, case.dtype)
+    except ModuleNotFoundError:
+        return found
     return found | {
         "saved_activations": saved.activations,
         "saved_weights": saved.weights,

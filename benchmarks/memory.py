@@ -33,8 +33,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import rivals, timm_networks
 from benchmarks.runner import Count, Figure
 from benchmarks.step import providers
-from bit import plan
-from bit.plan import Saved
 
 MB = 1e6
 NETWORKS = ("bit", "timm", "timm_batch_norm", "eager", "batch_norm", "conv_only")
@@ -98,14 +96,19 @@ def cases(
     return found
 
 
-def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> Saved:
-    """What `network` keeps of a forward pass and the loss; see bit.plan."""
+def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor, dtype: str):
+    """What `network` keeps of a forward pass and the loss, a bit.plan.Saved."""
+    # Its command line needs a package that measuring on a GPU does without.
+    from bit import plan
+
     loss_of = functools.partial(rivals.loss_of, network, images, labels, dtype)
     return plan.saved_bytes(network, images, labels, loss_of)
 
 
 def _account(case: MemoryCase) -> Iterator[Figure]:
     """Every provider's bytes, without taking them."""
+    from bit import plan
+
     activations: dict[str, int] = {}
     for provider in providers(NETWORKS):
         with torch.device("meta"):

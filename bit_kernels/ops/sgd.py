@@ -96,8 +96,13 @@ def sgd(
     torch.autograd.graph.increment_version([*weights, *standardized])
 
 
-def _gpu_step(weights, *arguments):
-    gpu_kernels("sgd").step(weights, *arguments)
+def _gpu_step(weights, grads, momenta, standardized, *options):
+    if standardized and standardized[0].dtype == torch.float64:
+        raise ValueError(
+            "standardized has torch.float64; on a GPU it may be torch.float32, torch.bfloat16 or "
+            "torch.float16"
+        )
+    gpu_kernels("sgd").step(weights, grads, momenta, standardized, *options)
 
 
 def _gpu_norms(weights, grads, eps):

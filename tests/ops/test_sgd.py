@@ -238,7 +238,7 @@ def test_the_op_itself_refuses():
             ([W], [W[:2]], [W], [W]),
             "grads has (size 2 in dimension 0|shape .2, 3.*), its weight|grads has shape",
         ),
-        (([W], [W], [], [W]), "momenta has 0 tensors(, weights has 1|; it must have one)"),
+        (([W], [W], [], [W]), "momenta has 0 tensors(, weights has 1|; it must have one for each)"),
         (([W], [DOUBLE], [W], [W]), "grads (must be float32 CPU tensors|has torch.float64)"),
         (([W], [W], [W], []), "project is True"),
         (

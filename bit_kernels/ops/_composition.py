@@ -3,7 +3,6 @@
 The functions here take the arguments of the ops norm_relu_conv and norm_relu_conv_backward.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from bit_kernels.ops import group_norm_relu as normalisation
 from bit_kernels.ops import standardize_weight as standardization
 from bit_kernels.ops._layout import memory_format
-from bit_kernels.ops._library import call_kernel, gpu_kernels
+from bit_kernels.ops._library import gpu_kernels
 
 NUMBERS = 9  # of the geometry of one convolution
 
@@ -97,8 +96,8 @@ GPU = Parts(
     normalisation._gpu_apply,
     normalisation._gpu_add,
     normalisation._gpu_backward,
-    functools.partial(call_kernel, standardization._forward_op),
-    functools.partial(call_kernel, standardization._backward_op),
+    standardization._gpu_forward,
+    standardization._gpu_backward,
 )
 
 

@@ -50,8 +50,13 @@ def test_training_follows_float64(networks, layout):
     found, trained = train(model, images.to(memory_format=layout), labels)
     assert (found - losses).abs().max() < 1e-4, (found, losses)
     assert losses[-1] < losses[0] - 0.1
-    for ours, right in zip(trained, weights, strict=True):
-        assert (ours.cpu().double() - right).abs().max() < 1e-3 * right.abs().max() + 1e-5
+    # An activation next to zero may fall on the ReLU's other side, which shows in few weights.
+    errors, moves = [], []
+    for ours, right, start in zip(trained, weights, networks[0].parameters(), strict=True):
+        errors.append(torch.linalg.vector_norm(ours.cpu().double() - right))
+        moves.append(torch.linalg.vector_norm(right - start.double()))
+        assert errors[-1] < 0.03 * moves[-1] + 1e-6
+    assert torch.stack(errors).norm() < 2e-3 * torch.stack(moves).norm()
 
 
 def test_float16_autocast(networks):

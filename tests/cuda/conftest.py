@@ -1,0 +1,26 @@
+"""The kernels, compiled for the host once a run; every test starts with the same device."""
+
+import on_host
+import pytest
+
+
+@pytest.fixture(scope="session")
+def group_norm_kernels(tmp_path_factory):
+    return on_host.GroupNorm(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def group_norm(group_norm_kernels):
+    group_norm_kernels.reset()
+    return group_norm_kernels
+
+
+@pytest.fixture(scope="session")
+def sgd_kernels(tmp_path_factory):
+    return on_host.Sgd(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def sgd(sgd_kernels):
+    sgd_kernels.reset()
+    return sgd_kernels

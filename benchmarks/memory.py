@@ -10,6 +10,8 @@ and storages without bytes), by the same code. Metrics, in MB of 10^6 bytes:
   total               of all these: an upper bound, as gradients come while activations go
   peak_allocated      the most that tensors took in the second step of a process of its own
   peak_resident       the most that this process took of the machine, without Python and libraries
+
+On a GPU see gpu_memory.py.
 """
 
 import argparse
@@ -31,8 +33,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import rivals, timm_networks
 from benchmarks.runner import Count, Figure
 from benchmarks.step import providers
-from bit import plan
-from bit.plan import Saved
 
 MB = 1e6
 NETWORKS = ("bit", "timm", "timm_batch_norm", "eager", "batch_norm", "conv_only")
@@ -66,10 +66,22 @@ CASES = [
 RUN = ("bit", "timm", "timm_batch_norm", "conv_only")  # in processes of their own
 
 
+CUDA_DTYPES = ("bfloat16",)
+
+
 def cases(
-    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+    *,
+    threads: list[int],
+    dtypes: list[str],
+    quick: bool = False,
+    compiled: bool = False,
+    device: str = "cpu",
 ) -> list[Count]:
     """Each network by accounting, and the peak of those that can run here; eager rivals only."""
+    if device == "cuda":
+        from benchmarks import gpu_memory
+
+        return gpu_memory.cases(dtypes=dtypes, quick=quick)
     found = []
     for case in CASES:
         if case.quick != quick or case.dtype not in dtypes:
@@ -84,14 +96,19 @@ def cases(
     return found
 
 
-def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> Saved:
-    """What `network` keeps of a forward pass and the loss; see bit.plan."""
+def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor, dtype: str):
+    """What `network` keeps of a forward pass and the loss, a bit.plan.Saved."""
+    # Its command line needs a package that measuring on a GPU does without.
+    from bit import plan
+
     loss_of = functools.partial(rivals.loss_of, network, images, labels, dtype)
     return plan.saved_bytes(network, images, labels, loss_of)
 
 
 def _account(case: MemoryCase) -> Iterator[Figure]:
     """Every provider's bytes, without taking them."""
+    from bit import plan
+
     activations: dict[str, int] = {}
     for provider in providers(NETWORKS):
         with torch.device("meta"):

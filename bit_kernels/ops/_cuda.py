@@ -70,8 +70,8 @@ def group_norm_relu_refusal(
 ) -> str | None:
     """Why the kernels can't serve an input, in words; None if they can.
 
-    Asks for shape, strides and dtype alone: a meta tensor will do. csrc/cuda/group_norm_relu.cu cuts
-    tensors by the same rule.
+    Asks for shape, strides and dtype alone: a meta tensor will do. The kernels cut tensors by the
+    same rule, csrc/cuda/group_norm_relu_plan.cuh.
 
     Args:
         input: (N, C, *), floating.
@@ -115,7 +115,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def _shared_bytes(pixels, depth, size, slice_groups, channels, cluster, backward) -> int:
-    """plan_for and shared_bytes of csrc/cuda/group_norm_relu.cu."""
+    """plan_for and shared_bytes of csrc/cuda/group_norm_relu_plan.cuh."""
     sums = 2 if backward else 1
     width = slice_groups * depth
     wide = 16 // size

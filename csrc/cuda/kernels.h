@@ -1,8 +1,8 @@
 // The CUDA kernels as the rest of the library sees them: plain functions on raw device pointers.
 //
-// Each starts its work on `stream` of the current device and returns; it neither allocates nor
-// waits, so that it can be captured in a CUDA graph. The result is null, or what is wrong, in words
-// that stay valid until the thread's next call.
+// Each starts its work on a stream of a device, which becomes the current one, and returns; it
+// neither allocates nor waits, so that it can be captured in a CUDA graph. The result is null, or
+// what is wrong, in words that stay valid until the thread's next call.
 #pragma once
 
 #include <cstdint>
@@ -67,15 +67,17 @@ struct SgdOptions {
 };
 
 extern "C" {
-// What either of the next two would do on the current device with aligned tensors.
-const char* bit_kernels_group_norm_relu_cut(const GroupNormShape*, bool backward, GroupNormCut*);
-const char* bit_kernels_group_norm_relu(const GroupNormForward*, void* stream);
-const char* bit_kernels_group_norm_relu_backward(const GroupNormBackward*, void* stream);
+// What either of the next two would do with aligned tensors.
+const char* bit_kernels_group_norm_relu_cut(const GroupNormShape*, bool backward, int device,
+                                            GroupNormCut*);
+const char* bit_kernels_group_norm_relu(const GroupNormForward*, int device, void* stream);
+const char* bit_kernels_group_norm_relu_backward(const GroupNormBackward*, int device,
+                                                 void* stream);
 const char* bit_kernels_sgd(const SgdTensor*, int64_t count, Element standardized,
-                            const SgdOptions*, void* stream);
+                            const SgdOptions*, int device, void* stream);
 // norms[t]: that of the projected gradient of tensor t. squares: one float for each row of all.
 const char* bit_kernels_sgd_gradient_norm(const SgdTensor*, int64_t count, double eps,
-                                          float* squares, float* norms, void* stream);
+                                          float* squares, float* norms, int device, void* stream);
 }
 
 }  // namespace bit_kernels

@@ -25,10 +25,11 @@ struct Device {
   int multiprocessors = 0, shared_per_block = 0, shared_per_multiprocessor = 0, reserved = 0;
   bool has_clusters = false;
 
-  // Of the current device.
-  cudaError_t read() {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
+  // Of this device, which is the current one after. Current for the runtime that is linked in here:
+  // PyTorch has another one.
+  cudaError_t read(int device) {
+    int major = 0;
+    cudaError_t error = cudaSetDevice(device);
     auto ask = [&](int* value, cudaDeviceAttr attribute) {
       if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
     };
@@ -61,8 +62,8 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), Grid grid, void* stream, Arguments... arguments) {
   if (grid.blocks == 0) return nullptr;
   if (grid.blocks > kMostBlocks)
-    return complain("it takes %lld blocks; a grid may have %lld", static_cast<long long>(grid.blocks),
-                    static_cast<long long>(kMostBlocks));
+    return complain("it takes %lld blocks; a grid may have %lld",
+                    static_cast<long long>(grid.blocks), static_cast<long long>(kMostBlocks));
   if (grid.shared > kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

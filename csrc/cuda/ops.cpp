@@ -1,8 +1,9 @@
 // The CUDA kernels as torch.ops.bit_kernels.*_cuda: checks, memory layout, registration.
 // The kernels are in the .cu files, the ops' definitions in bit_kernels/ops/_cuda.py.
 //
-// Nothing here needs CUDA's headers, or a torch that is built with CUDA: the stream is asked for by a
-// symbol that is only there in one that is.
+// Nothing here needs CUDA's headers, or a torch that is built with CUDA: the stream is asked for by
+// a symbol that is only there in one that is. Tests compile it without BIT_KERNELS_CUDA: the same
+// ops then take CPU tensors, and work with the kernels that are compiled for the host.
 #include "kernels.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -14,32 +15,51 @@
 
 #include "../common/tensor_lists.h"
 
+#ifdef BIT_KERNELS_CUDA
+#define BIT_KERNELS_DISPATCH_KEY CUDA
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
                                                                                    void** stream);
+#else
+#define BIT_KERNELS_DISPATCH_KEY CPU
+#endif
 
 namespace bit_kernels {
 namespace {
 
+#ifdef BIT_KERNELS_CUDA
+
 // Makes a tensor's device the current one, and knows PyTorch's stream there.
-class OnDeviceOf {
+class Device {
  public:
-  OnDeviceOf(const char* op, const Tensor& tensor) : op_(op), guard_(tensor.get_device_index()) {
-    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, op,
-                    ": this torch is built without CUDA");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  explicit Device(const Tensor& tensor)
+      : index_(tensor.get_device_index()), guard_(index_) {
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr,
+                    "bit_kernels: this torch is built without CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
-  // Calls a function of kernels.h, which says what is wrong or nothing.
-  template <class Function, class... Arguments>
-  void call(Function function, Arguments... arguments) const {
-    const char* wrong = function(arguments..., stream_);
-    STD_TORCH_CHECK(wrong == nullptr, op_, ": ", wrong);
-  }
+  int index() const { return index_; }
+  void* stream() const { return stream_; }
 
  private:
-  const char* op_;
+  int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+#else
+
+struct Device {
+  explicit Device(const Tensor&) {}
+  int index() const { return 0; }
+  void* stream() const { return nullptr; }
+};
+
+#endif
+
+// What a function of kernels.h says: what is wrong, or nothing.
+void check_launch(const char* op, const char* wrong) {
+  STD_TORCH_CHECK(wrong == nullptr, op, ": ", wrong);
+}
 
 Tensor empty_floats_like(const Tensor& tensor, std::vector<int64_t> size) {
   return torch::stable::new_empty(tensor, size, ScalarType::Float);
@@ -73,9 +93,10 @@ GroupNormShape shape_of(const char* op, const Tensor& input, int64_t groups, Mem
                   groups, "; it must divide the ", channels, " channels of the input");
   int64_t pixels = 1;
   for (int64_t d = 2; d < input.dim(); ++d) pixels *= input.size(d);
-  // Where channels are innermost: always with one of either.
-  STD_TORCH_CHECK(format != MemoryFormat::Contiguous || pixels <= 1 || channels == 1 || samples == 0,
-                  op, ": input is contiguous; it must be channels_last");
+  // Where channels are innermost: with one pixel or one channel they always are.
+  const bool either = pixels <= 1 || channels == 1 || samples == 0;
+  STD_TORCH_CHECK(format != MemoryFormat::Contiguous || either, op,
+                  ": input is contiguous; it must be channels_last");
   return {samples, pixels, channels, groups, element};
 }
 
@@ -88,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(const Tensor& given, int64_t 
   const GroupNormShape shape = shape_of(op, given, num_groups, format);
   const Held scale(op, "weight", weight, given), shift(op, "bias", bias, given);
 
-  const OnDeviceOf device(op, given);
+  const Device device(given);
   const Tensor input = torch::stable::contiguous(given, format);
   Tensor output = torch::stable::empty_like(input);
   Tensor mean = empty_floats_like(input, {shape.samples, num_groups});
@@ -109,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu(const Tensor& given, int64_t 
       mean.mutable_data_ptr<float>(),
       rstd.mutable_data_ptr<float>(),
   };
-  device.call(bit_kernels_group_norm_relu, &arguments);
+  check_launch(op, bit_kernels_group_norm_relu(&arguments, device.index(), device.stream()));
   return {output, mean, rstd};
 }
 
@@ -127,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
   check_statistics(op, "rstd", rstd, given, shape.samples * shape.groups);
   const Held scale(op, "weight", weight, given), shift(op, "bias", bias, given);
 
-  const OnDeviceOf device(op, given);
+  const Device device(given);
   const Tensor input = torch::stable::contiguous(given, format);
   const Tensor grad_output = torch::stable::contiguous(grad_given, format);
   std::optional<Tensor> skip;
@@ -156,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_backward(
       grad_bias.mutable_data_ptr<float>(),
       workspace.mutable_data_ptr<float>(),
   };
-  device.call(bit_kernels_group_norm_relu_backward, &arguments);
+  check_launch(op, bit_kernels_group_norm_relu_backward(&arguments, device.index(),
+                                                        device.stream()));
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -194,7 +216,7 @@ void sgd(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                       ": standardized must all have one dtype");
   }
 
-  const OnDeviceOf device(op, weights[0]);
+  const Device device(weights[0]);
   std::vector<Ordered> ordered;
   ordered.reserve(4 * weights.size());
   std::vector<SgdTensor> tensors;
@@ -218,8 +240,8 @@ void sgd(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
   }
   const SgdOptions options = {lr,       momentum, dampening, weight_decay, nesterov,
                               maximize, fresh,    project,   eps};
-  device.call(bit_kernels_sgd, tensors.data(), static_cast<int64_t>(tensors.size()), element,
-              &options);
+  check_launch(op, bit_kernels_sgd(tensors.data(), static_cast<int64_t>(tensors.size()), element,
+                                   &options, device.index(), device.stream()));
   for (Ordered& tensor : ordered) tensor.finish();
 }
 
@@ -232,7 +254,7 @@ Tensor sgd_gradient_norm(const std::vector<Tensor>& weights, const std::vector<T
   check_one_device(op, weights);
   check_list(op, "grads", grads, weights);
 
-  const OnDeviceOf device(op, weights[0]);
+  const Device device(weights[0]);
   std::vector<Ordered> ordered;
   ordered.reserve(2 * weights.size());
   std::vector<SgdTensor> tensors;
@@ -250,14 +272,16 @@ Tensor sgd_gradient_norm(const std::vector<Tensor>& weights, const std::vector<T
   }
   Tensor squares = empty_floats_like(weights[0], {rows});
   Tensor norms = empty_floats_like(weights[0], {static_cast<int64_t>(weights.size())});
-  device.call(bit_kernels_sgd_gradient_norm, tensors.data(), static_cast<int64_t>(tensors.size()),
-              eps, squares.mutable_data_ptr<float>(), norms.mutable_data_ptr<float>());
+  check_launch(op, bit_kernels_sgd_gradient_norm(
+                       tensors.data(), static_cast<int64_t>(tensors.size()), eps,
+                       squares.mutable_data_ptr<float>(), norms.mutable_data_ptr<float>(),
+                       device.index(), device.stream()));
   return norms;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bit_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(bit_kernels, BIT_KERNELS_DISPATCH_KEY, m) {
   m.impl("group_norm_relu_cuda", TORCH_BOX(&group_norm_relu));
   m.impl("group_norm_relu_backward_cuda", TORCH_BOX(&group_norm_relu_backward));
   m.impl("sgd_cuda", TORCH_BOX(&sgd));

@@ -9,7 +9,7 @@
 // Rows too long for shared memory are read again, from the L2 cache as far as it holds them. Other
 // tensors are cut into chunks, which need no sums.
 //
-// Which tensors there are is a table among the kernel's parameters: nothing is copied to the device.
+// Which tensors there are is a table among the kernel's parameters: nothing is copied beforehand.
 //
 // Memory passes: read g, w and m; write w, m and the standardized weight, nothing more.
 #include <type_traits>
@@ -22,10 +22,12 @@ namespace bit_kernels {
 namespace {
 
 constexpr int kThreads = 256, kManyThreads = 1024;  // of a block
-constexpr int kWarpColumns = 576, kBlockColumns = 4608;  // the longest rows of a warp and of a block
+constexpr int kWarpColumns = 576, kBlockColumns = 4608;  // longest rows of a warp, of a block
 constexpr int kWide = 4;                                // floats of the widest load
 
-__host__ __device__ constexpr int block_threads(int team) { return team > kThreads ? team : kThreads; }
+__host__ __device__ constexpr int block_threads(int team) {
+  return team > kThreads ? team : kThreads;
+}
 
 // ---- what a launch works on
 
@@ -314,7 +316,7 @@ __global__ void __launch_bounds__(kThreads)
     step_plain(const __grid_constant__ Table table, const __grid_constant__ Rule rule) {
   const Entry& entry = entry_of_block(table);
   const int64_t chunk = (blockIdx.x - entry.first_block) * kChunk<kVector>;
-#pragma unroll
+#pragma unroll 1
   for (int k = 0; k < kVectorsOfThread; ++k) {
     const int64_t i = chunk + (k * kThreads + threadIdx.x) * kVector;
     if (i + kVector <= entry.columns) {
@@ -442,9 +444,9 @@ const char* step_plain_tensors(const SgdTensor* tensors, int64_t count, const Ru
 
 extern "C" const char* bit_kernels_sgd(const SgdTensor* tensors, int64_t count,
                                        Element standardized, const SgdOptions* options,
-                                       void* stream) {
+                                       int number, void* stream) {
   Device device;
-  if (const char* wrong = in_words(device.read())) return wrong;
+  if (const char* wrong = in_words(device.read(number))) return wrong;
   if (count == 0) return nullptr;
   const Rule rule = {static_cast<float>(options->weight_decay),
                      static_cast<float>(options->momentum),
@@ -470,15 +472,15 @@ extern "C" const char* bit_kernels_sgd(const SgdTensor* tensors, int64_t count,
 
 extern "C" const char* bit_kernels_sgd_gradient_norm(const SgdTensor* tensors, int64_t count,
                                                      double eps, float* squares, float* norms,
-                                                     void* stream) {
+                                                     int number, void* stream) {
   Device device;
-  if (const char* wrong = in_words(device.read())) return wrong;
+  if (const char* wrong = in_words(device.read(number))) return wrong;
   // Each tensor's own part of `squares` goes where its standardized form would.
   constexpr int64_t kAtOnce = kEntries;
   for (int64_t first = 0; first < count; first += kAtOnce) {
-    const int64_t number = minimum(kAtOnce, count - first);
+    const int64_t some = minimum(kAtOnce, count - first);
     SgdTensor part[kAtOnce];
-    for (int64_t t = 0; t < number; ++t) {
+    for (int64_t t = 0; t < some; ++t) {
       part[t] = tensors[first + t];
       if (part[t].columns == 0) part[t].rows = 0;
       part[t].standardized = squares;
@@ -486,13 +488,13 @@ extern "C" const char* bit_kernels_sgd_gradient_norm(const SgdTensor* tensors, i
     }
     const float small = static_cast<float>(eps);
     const char* wrong = for_rows(
-        part, number, {2, false}, device,
+        part, some, {2, false}, device,
         [&]<int kTeam, int kVector, bool kFits>(const Table& table, const Grid& grid) {
           return launch(square_rows<kTeam, kVector, kFits>, grid, stream, table, small);
         });
     if (wrong != nullptr) return wrong;
     wrong = for_tables(
-        part, number, 0, [](const SgdTensor&) { return true; },
+        part, some, 0, [](const SgdTensor&) { return true; },
         [](const SgdTensor&) -> int64_t { return 1; },
         [&](const Table& table, int64_t blocks) {
           const Grid grid = {blocks, kThreads, int64_t{kThreads} * sizeof(double)};

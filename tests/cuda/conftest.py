@@ -5,8 +5,13 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def group_norm_kernels(tmp_path_factory):
-    return on_host.GroupNorm(tmp_path_factory.mktemp("cuda"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="session")
+def group_norm_kernels(folder):
+    return on_host.GroupNorm(folder)
 
 
 @pytest.fixture
@@ -16,11 +21,16 @@ def group_norm(group_norm_kernels):
 
 
 @pytest.fixture(scope="session")
-def sgd_kernels(tmp_path_factory):
-    return on_host.Sgd(tmp_path_factory.mktemp("cuda"))
+def sgd_kernels(folder):
+    return on_host.Sgd(folder)
 
 
 @pytest.fixture
 def sgd(sgd_kernels):
     sgd_kernels.reset()
     return sgd_kernels
+
+
+@pytest.fixture(scope="session")
+def ops_on_host(group_norm_kernels, sgd_kernels, folder):
+    on_host.load_ops(folder)

@@ -157,7 +157,7 @@ class GroupNorm(Host):
         shape = GroupNormShape(samples, pixels, channels, groups, ELEMENTS[dtype])
         cut = GroupNormCut()
         name = "bit_kernels_group_norm_relu_cut"
-        self.call(name, ctypes.byref(shape), backward, ctypes.byref(cut))
+        self.call(name, ctypes.byref(shape), backward, 0, ctypes.byref(cut))
         return cut
 
     def forward(self, x, groups, weight=None, bias=None, eps=1e-5, relu=True, offset=0):
@@ -176,7 +176,7 @@ class GroupNorm(Host):
             relu,
             *(place.tensor.data_ptr() for place in (output, mean, rstd)),
         )
-        self.call("bit_kernels_group_norm_relu", ctypes.byref(arguments), None)
+        self.call("bit_kernels_group_norm_relu", ctypes.byref(arguments), 0, None)
         return (
             output.check().view(n, *rest, c).movedim(-1, 1),
             mean.check().view(n, groups),
@@ -204,7 +204,7 @@ class GroupNorm(Host):
             None if skip is None else given[2].data_ptr(),
             *(t.tensor.data_ptr() for t in (grad_input, grad_weight, grad_bias, workspace)),
         )
-        self.call("bit_kernels_group_norm_relu_backward", ctypes.byref(arguments), None)
+        self.call("bit_kernels_group_norm_relu_backward", ctypes.byref(arguments), 0, None)
         workspace.check()
         return (
             grad_input.check().view(n, *rest, c).movedim(-1, 1),
@@ -237,7 +237,7 @@ class Sgd(Host):
         element = ELEMENTS[standardized[0].dtype] if keeps else 0
         table = (SgdTensor * len(tensors))(*tensors)
         count = ctypes.c_int64(len(tensors))
-        self.call("bit_kernels_sgd", table, count, element, ctypes.byref(chosen), None)
+        self.call("bit_kernels_sgd", table, count, element, ctypes.byref(chosen), 0, None)
         for of_tensor, given in places:
             for place, tensor in zip(of_tensor, given, strict=True):
                 if place is not None:
@@ -260,7 +260,21 @@ class Sgd(Host):
         table, count = (SgdTensor * len(tensors))(*tensors), ctypes.c_int64(len(tensors))
         pointers = [ctypes.c_void_p(place.tensor.data_ptr()) for place in (squares, found)]
         self.call(
-            "bit_kernels_sgd_gradient_norm", table, count, ctypes.c_double(eps), *pointers, None
+            "bit_kernels_sgd_gradient_norm", table, count, ctypes.c_double(eps), *pointers, 0, None
         )
         squares.check()
         return found.check()
+
+
+def load_ops(folder: Path) -> None:
+    """torch.ops.bit_kernels.*_cuda for CPU tensors: csrc/cuda/ops.cpp on the kernels built before."""
+    torch_folder = Path(torch.__file__).parent
+    library = folder / "ops.so"
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-shared"]
+    command += ["-fvisibility-inlines-hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += ["-isystem", str(torch_folder / "include"), str(ROOT / "csrc/cuda/ops.cpp")]
+    command += [str(folder / "group_norm_relu.so"), str(folder / "sgd.so")]
+    command += [f"-Wl,-rpath,{folder}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(str(library))

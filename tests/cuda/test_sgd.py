@@ -33,6 +33,7 @@ OPTIONS = [
     dict(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.02),
     dict(lr=0.1, momentum=0.9, weight_decay=0.02, nesterov=True),
     dict(lr=0.1, momentum=0.9, maximize=True, nesterov=True, fresh=True),
+    dict(lr=0.1, momentum=0.9, dampening=0.3, fresh=True),
     dict(lr=0.0, momentum=0.9),
 ]
 
@@ -158,7 +159,7 @@ def test_more_elements_than_32_bits_count(sgd):
     )
     options = SgdOptions(0.1, 0, 0, 0.01, False, False, False, True, 1e-10)
     sgd.library.shim_first_cluster(rows - 1)
-    sgd.call("bit_kernels_sgd", table, ctypes.c_int64(1), 0, ctypes.byref(options), None)
+    sgd.call("bit_kernels_sgd", table, ctypes.c_int64(1), 0, ctypes.byref(options), 0, None)
     chosen = dict(lr=0.1, weight_decay=0.01, project=True, eps=1e-10)
     weight, standardized = step(reference.sgd, (last, grad, grad), chosen, wide=True)
     assert (w[-columns:].double() - weight[0]).abs().max() < 1e-6

@@ -1,4 +1,4 @@
-// Copies to shared memory. They are made as late as a device may make them: when they are waited for.
+// Copies to shared memory, made as late as a device may make them: when they are waited for.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -7,10 +7,12 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes,
                                     std::source_location at = std::source_location::current()) {
   const auto& block = shim::blocks[shim::current->block];
   const auto* target = static_cast<unsigned char*>(to);
-  if (bytes != 4 && bytes != 8 && bytes != 16) shim::fail("an asynchronous copy of a wrong size", at.line());
+  if (bytes != 4 && bytes != 8 && bytes != 16)
+    shim::fail("an asynchronous copy of a wrong size", at.line());
   if (target < block.shared || target + bytes > block.shared + block.bytes)
     shim::fail("an asynchronous copy to outside shared memory", at.line());
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+  const auto addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if (addresses % bytes != 0)
     shim::fail("a misaligned asynchronous copy", at.line());
   shim::current->copies.back().push_back({to, from, bytes});
 }

@@ -1,15 +1,16 @@
 // The part of CUDA that csrc/cuda uses, as C++ for the host, to test kernels without a device.
 //
 // A block's threads, and those of all blocks of its cluster, are fibres on one thread of the host.
-// Each runs until it has to wait for others; when none can run any more, barriers and shuffles that
-// all their threads have reached let these go on. Whatever order the fibres run in, results must be
-// the same bits: shim_order() turns it around or mixes it, and a missing barrier then shows.
+// One warp after another runs as far as it comes without the others: until its threads have ended or
+// wait at a barrier of the block or cluster. A barrier that is missing between two warps then shows:
+// one reads what the other has not written yet, or has overwritten already. Whatever order they run
+// in, results must be the same bits: shim_order() turns it around or mixes it.
 //
 // Stricter than a device: what is undefined there fails here, with the line of the source.
 //   - a barrier or shuffle that some threads of the block, cluster or mask never reach, or that
 //     they reach on different lines
 //   - a copy to shared memory that is misaligned, outside of it, or not waited for
-//   - another block's shared memory before all of the cluster run, after it has ended, or outside it
+//   - another block's shared memory before all of the cluster run, after its end, or outside it
 //   - writes around a block's shared memory; reads of what was never written there give NaN
 //   - launches with more threads, shared memory or blocks in a cluster than the device offers
 #pragma once
@@ -152,6 +153,7 @@ inline void enter() {
   kernel();
   for (const auto& group : current->copies)
     if (!group.empty()) fail("a thread ended with copies that it never waited for");
+  if (current->must_wait) fail("a thread ended after barrier_arrive without barrier_wait");
   Block& block = blocks[current->block];
   current->wait = Wait::kEnd;
   // What was kept here is gone for the rest of the cluster.
@@ -194,57 +196,67 @@ inline bool same_line(const Thread& a, const Thread& b) {
   return false;
 }
 
-// Lets threads go on whose barrier or shuffle is complete; whether there were any.
-inline bool release() {
+// Lets threads of a warp go on whose shuffle is complete; whether there were any.
+inline bool release_warp(Thread* lanes, int count) {
   bool any = false;
+  for (int lane = 0; lane < count; ++lane) {
+    if (lanes[lane].wait != Wait::kWarp) continue;
+    const unsigned mask = lanes[lane].mask;
+    bool complete = true;
+    for (int other = 0; other < kWarpSize; ++other)
+      if (mask >> other & 1)
+        complete = complete && other < count && lanes[other].wait == Wait::kWarp &&
+                   lanes[other].mask == mask;
+    if (!complete) continue;
+    for (int other = 0; other < count; ++other) {
+      if (!(mask >> other & 1)) continue;
+      Thread& thread = lanes[other];
+      if (!same_line(lanes[lane], thread)) return false;
+      if (!(mask >> thread.partner & 1)) {
+        error = "a shuffle reads a thread outside its mask, line " + std::to_string(thread.line);
+        return false;
+      }
+      thread.received = lanes[thread.partner].offered;
+    }
+    for (int other = 0; other < count; ++other)
+      if (mask >> other & 1) lanes[other].wait = Wait::kNothing;
+    any = true;
+  }
+  return any;
+}
+
+// Runs the threads of a warp as far as they come without others; whether they came anywhere.
+inline bool run_warp(Thread* lanes, int count) {
+  bool any = false;
+  for (bool ran = true; ran;) {
+    ran = false;
+    for (int i = 0; i < count; ++i) {
+      Thread& thread = lanes[order == 1 ? count - 1 - i : i];
+      if (thread.wait != Wait::kNothing) continue;
+      ran = any = true;
+      resume(thread);
+      if (!error.empty()) return any;
+    }
+    if (release_warp(lanes, count)) ran = true;
+    if (!error.empty()) return any;
+  }
+  return any;
+}
+
+// Lets threads go on whose block or cluster has come to a barrier.
+inline void release() {
   for (size_t first = 0; first < threads.size(); first += threads_per_block) {
     Thread* const of_block = &threads[first];
     int waiting = 0;
     for (int t = 0; t < threads_per_block; ++t) waiting += of_block[t].wait == Wait::kBlock;
-    if (waiting == threads_per_block) {
-      for (int t = 0; t < threads_per_block; ++t) {
-        if (!same_line(of_block[0], of_block[t])) return false;
-        of_block[t].wait = Wait::kNothing;
-      }
-      any = true;
-    }
-    for (int warp = 0; warp < threads_per_block; warp += kWarpSize) {
-      const int lanes = std::min(kWarpSize, threads_per_block - warp);
-      for (int lane = 0; lane < lanes; ++lane) {
-        Thread& leader = of_block[warp + lane];
-        if (leader.wait != Wait::kWarp) continue;
-        const unsigned mask = leader.mask;
-        bool complete = true;
-        for (int other = 0; other < kWarpSize; ++other) {
-          if (!(mask >> other & 1)) continue;
-          complete = complete && other < lanes && of_block[warp + other].wait == Wait::kWarp &&
-                     of_block[warp + other].mask == mask;
-        }
-        if (!complete) continue;
-        for (int other = 0; other < lanes; ++other) {
-          Thread& thread = of_block[warp + other];
-          if (!(mask >> other & 1)) continue;
-          if (!same_line(leader, thread)) return false;
-          if (!(mask >> thread.partner & 1)) {
-            error = "a shuffle reads a thread outside its mask, line " +
-                    std::to_string(thread.line);
-            return false;
-          }
-          thread.received = of_block[warp + thread.partner].offered;
-        }
-        for (int other = 0; other < lanes; ++other)
-          if (mask >> other & 1) of_block[warp + other].wait = Wait::kNothing;
-        any = true;
-      }
+    if (waiting < threads_per_block) continue;
+    for (int t = 0; t < threads_per_block; ++t) {
+      if (!same_line(of_block[0], of_block[t])) return;
+      of_block[t].wait = Wait::kNothing;
     }
   }
-  for (Thread& thread : threads) {
-    if (thread.wait == Wait::kCluster && phase > thread.phase) {
-      thread.wait = Wait::kNothing;
-      any = true;
-    }
-  }
-  return any;
+  for (Thread& thread : threads)
+    if (thread.wait == Wait::kCluster && phase > thread.phase) thread.wait = Wait::kNothing;
 }
 
 inline void stuck() {
@@ -275,27 +287,25 @@ inline void run_cluster(int64_t first_block, int cluster, size_t shared) {
                                                     kGuardBytes);
     block.bytes = shared;
   }
-  std::vector<int> numbers(threads.size());
   for (size_t t = 0; t < threads.size(); ++t) {
-    numbers[t] = static_cast<int>(t);
     threads[t].number = static_cast<int>(t) % threads_per_block;
     threads[t].block = static_cast<int>(t) / threads_per_block;
     threads[t].copies.resize(1);
   }
+  std::vector<Thread*> warps;
+  for (Thread& thread : threads)
+    if (thread.number % kWarpSize == 0) warps.push_back(&thread);
   std::mt19937 random(order);
-  if (order == 1) std::reverse(numbers.begin(), numbers.end());
-  for (;;) {
-    if (order > 1) std::shuffle(numbers.begin(), numbers.end(), random);
-    bool ran = false;
-    for (const int number : numbers) {
-      if (threads[number].wait != Wait::kNothing) continue;
-      ran = true;
-      resume(threads[number]);
+  if (order == 1) std::reverse(warps.begin(), warps.end());
+  for (bool ran = true; ran;) {
+    ran = false;
+    if (order > 1) std::shuffle(warps.begin(), warps.end(), random);
+    for (Thread* lanes : warps) {
+      ran |= run_warp(lanes, std::min(kWarpSize, threads_per_block - lanes->number));
       if (!error.empty()) return;
     }
-    const bool released = release();
+    release();
     if (!error.empty()) return;
-    if (!ran && !released) break;
   }
   for (const Thread& thread : threads)
     if (thread.wait != Wait::kEnd) return stuck();
@@ -392,10 +402,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask,
 
 // ---- what launches call
 
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = shim::attributes[attribute];
@@ -424,7 +431,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return shim::error.c_str();
 
 #define SHIM_EXPORT extern "C" __attribute__((used, visibility("default")))
 
-SHIM_EXPORT void shim_device(int major, int multiprocessors, int per_block, int per_multiprocessor) {
+SHIM_EXPORT void shim_device(int major, int multiprocessors, int per_block,
+                             int per_multiprocessor) {
   shim::attributes[cudaDevAttrComputeCapabilityMajor] = major;
   shim::attributes[cudaDevAttrMultiProcessorCount] = multiprocessors;
   shim::attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin] = per_block;

@@ -51,8 +51,8 @@ def programs(target: str, warps: int, registers: int, shared: int) -> int:
     if registers > limits.most_registers or _round_up(warps, _SCHEDULERS) > places:
         return 0
     shared = _round_up(shared + limits.shared_reserved, limits.shared_unit)
-    by_shared = limits.shared // shared if shared else limits.programs
     most = limits.programs_without_barrier if warps == 1 else limits.programs
+    by_shared = limits.shared // shared if shared else most
     return min(places // warps, by_shared, most)
 
 

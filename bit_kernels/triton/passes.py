@@ -11,7 +11,7 @@ counts: how many elements each launch loads and stores of each of its tensors.
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from bit_kernels.triton.cases import cases, maker
+from bit_kernels.triton import _launch
+from bit_kernels.triton._launch import ceil_div
+from bit_kernels.triton.cases import Case, cases, maker
 
 _NOBODY, _SEVERAL = -1, -2
 
@@ -75,9 +77,9 @@ class Traffic(NamedTuple):
 class Watch:
     """All launches inside `watch`."""
 
-    def __init__(self, also: Iterable[Tensor]):
+    def __init__(self, also: Sequence[Tensor]):
         self.launches: list[Traffic] = []
-        self._also = list(also)
+        self._also = also
         self._written: dict[tuple[int, int], np.ndarray] = {}
         self._regions: list[_Region] = []
 
@@ -159,7 +161,7 @@ class Watch:
 
 
 @contextmanager
-def watch(*also: Tensor) -> Iterator[Watch]:
+def watch(also: Sequence[Tensor] = ()) -> Iterator[Watch]:
     """Inside, each access of a kernel is checked and counted; atomics are refused.
 
     also: tensors that kernels reach by other ways than an argument, such as a table of pointers.
@@ -184,7 +186,7 @@ def watch(*also: Tensor) -> Iterator[Watch]:
         watch._must(False, "atomics: the order of their sums is not fixed")
 
     def watched_call(self, *args, **constexprs):
-        watch._begin(self.fn.__name__.strip("_"), dict(zip(self.arg_names, args, strict=False)))
+        watch._begin(_name(self.fn), dict(zip(self.arg_names, args, strict=False)))
         return call(self, *args, **constexprs)
 
     with (
@@ -197,15 +199,38 @@ def watch(*also: Tensor) -> Iterator[Watch]:
         yield watch
 
 
-def count() -> dict[str, list[tuple[str, float]]]:
-    """Kernel and memory passes of each launch, of each case of the table."""
+def count(case: Case) -> Watch:
+    """The launches of a case with few elements, and with as much fewer multiprocessors, so that the
+    work is divided as it is with all."""
+    made: list[Tensor] = []
+
+    def make(*shape, **options):
+        made.append(maker("cpu")(*shape, **options))
+        return made[-1]
+
+    few = ceil_div(_launch.WITHOUT_GPU * case.few_elements, case.elements)
+    with mock.patch.object(_launch, "WITHOUT_GPU", few), watch(made) as seen:
+        case.few(make)
+    with _launch.recording() as launches:
+        case.call(maker("meta"))
+    expected = [_name(launch.kernel.fn) for launch in launches]
+    if (found := [launch.kernel for launch in seen.launches]) != expected:
+        raise ValueError(f"{case}: launches {expected}, with few elements {found}")
+    return seen
+
+
+def _name(function) -> str:
+    return function.__name__.strip("_")
+
+
+def main() -> None:
+    """Prints kernel and memory passes of each launch, of each case of the table."""
     counted = {}
     for case in cases():
-        with watch() as seen:
-            case.call(maker("cpu"))
-        counted[str(case)] = [(each.kernel, each.passes(case.elements)) for each in seen.launches]
-    return counted
+        launches = count(case).launches
+        counted[str(case)] = [(each.kernel, each.passes(case.few_elements)) for each in launches]
+    print(json.dumps(counted))
 
 
 if __name__ == "__main__":
-    print(json.dumps(count()))
+    main()

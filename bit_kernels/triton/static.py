@@ -15,11 +15,9 @@ import argparse
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,13 +27,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bit_kernels.triton.cases import Case, cases, maker
-from bit_kernels.triton.occupancy import occupancy, programs
 from bit_kernels.triton._launch import Launch, recording
+from bit_kernels.triton.cases import Case, cases, maker
+from bit_kernels.triton.machine_code import Compiled, read
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,55 +41,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-static.md"
-
-
-class Access(NamedTuple):
-    """Instructions of one width that a source line reads or writes global memory with."""
-
-    kind: str  # "load", "store" or "atomic"
-    name: str  # of the pointer, as the source line spells it
-    bits: int
-
-
-class Compiled(NamedTuple):
-    """One specialisation of a kernel in the machine code of one target."""
-
-    kernel: str
-    target: str
-    warps: int
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread's stack
-    spills: int  # instructions that access it
-    shared: int  # bytes of a program
-    accesses: Counter[Access]  # instructions in the code, each counted once, in loops too
-
-    @property
-    def programs(self) -> int:
-        """On a multiprocessor at once."""
-        return programs(self.target, self.warps, self.registers, self.shared)
-
-    @property
-    def occupancy(self) -> float:
-        return occupancy(self.target, self.warps, self.registers, self.shared)
-
-    def widest(self, kind: str) -> int:
-        return max((access.bits for access in self.accesses if access.kind == kind), default=0)
-
-    def narrowest(self, names: Iterable[str]) -> int:
-        """Bits of the narrowest access to these pointers; 0 if there is none."""
-        return min((access.bits for access in self.accesses if access.name in names), default=0)
-
-    def in_flight(self, names: Iterable[str]) -> int:
-        """Bytes of these pointers that a multiprocessor's threads ask for before they wait.
-
-        That is if all loads in the code (in a loop: of one time around) come before their first use.
-        """
-        bits = sum(
-            access.bits * number
-            for access, number in self.accesses.items()
-            if access.kind == "load" and access.name in names
-        )
-        return bits // 8 * self.warps * TARGETS[self.target].warp_size * self.programs
 
 
 # ---- compiling
@@ -135,131 +83,18 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         code = launch.kernel.warmup(
             *launch.args, grid=launch.grid, **launch.constexprs, **launch.options
         )
-    return _read(code.hash, code, launch.kernel, target)
+    if (code.hash, target) not in _known:
+        _known[code.hash, target] = read(code, launch.kernel, target)
+    return _known[code.hash, target]
 
 
 _known: dict[tuple[str, str], Compiled] = {}
-
-
-def _read(hash: str, code, kernel, target: str) -> Compiled:
-    if (hash, target) not in _known:
-        read = _read_nvidia if TARGETS[target].backend == "cuda" else _read_amd
-        _known[hash, target] = read(code, kernel, target)
-    return _known[hash, target]
 
 
 def launches_of(case: Case) -> list[Launch]:
     with recording() as launches:
         case.call(maker("meta"))
     return launches
-
-
-# ---- reading machine code
-
-# NVIDIA's instructions for global memory and for a thread's stack; the width is among the suffixes.
-_SASS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|REDG?|ATOMG?)((?:\.\w+)*)")
-_SASS_KINDS = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
-_SASS_LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
-_SASS_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-
-_AMD = re.compile(r"^\s+(?:global|buffer|flat|scratch)_(load|store|atomic)_?(\w*)", re.MULTILINE)
-_AMD_LINE = re.compile(r"^\s+\.loc\s+(\d+) (\d+)")
-_AMD_FILE = re.compile(r'^\s+\.file\s+(\d+) (?:"[^"]*" )?"([^"]+)"')
-_AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
-
-
-def _sass_bits(suffixes: str) -> int:
-    parts = suffixes.split(".")
-    for bits in (256, 128, 64):
-        if str(bits) in parts:
-            return bits
-    return 16 if {"U16", "S16"} & set(parts) else 8 if {"U8", "S8"} & set(parts) else 32
-
-
-def _read_nvidia(code, kernel, target: str) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.asm["cubin"])
-        file.flush()
-        resources = _tool(knobs.nvidia.cuobjdump, "--dump-resource-usage", file.name)
-        sass = _tool(knobs.nvidia.nvdisasm, "-c", "-g", file.name)
-    registers, stack = map(int, _SASS_RESOURCES.search(resources).groups())
-    accesses, spills, place = Counter(), 0, ("", 0)
-    for text in sass.splitlines():
-        if line := _SASS_LINE.search(text):
-            place = line[1], int(line[2])
-        elif found := _SASS.search(text):
-            if found[1] in ("LDL", "STL"):
-                spills += 1
-            else:
-                kind = _SASS_KINDS.get(found[1], "atomic")
-                accesses[Access(kind, _pointer(kernel, *place), _sass_bits(found[2]))] += 1
-    warps, shared = code.metadata.num_warps, code.metadata.shared
-    return Compiled(_name(kernel), target, warps, registers, stack, spills, shared, accesses)
-
-
-def _tool(tool, *arguments: str) -> str:
-    command = [tool.path, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _read_amd(code, kernel, target: str) -> Compiled:
-    text = code.asm["amdgcn"]
-    number = functools.partial(_amd_number, text)
-    files: dict[str, str] = {}
-    accesses, spills, place = Counter(), 0, ("", 0)
-    for row in text.splitlines():
-        if file := _AMD_FILE.match(row):
-            files[file[1]] = file[2]
-        elif line := _AMD_LINE.match(row):
-            place = files.get(line[1], ""), int(line[2])
-        elif found := _AMD.match(row):
-            if row.lstrip().startswith("scratch"):
-                spills += 1
-            else:
-                accesses[Access(found[1], _pointer(kernel, *place), _amd_bits(found[2]))] += 1
-    return Compiled(
-        _name(kernel),
-        target,
-        code.metadata.num_warps,
-        number("vgpr_count"),
-        number("private_segment_fixed_size"),
-        spills + number("vgpr_spill_count"),
-        code.metadata.shared,
-        accesses,
-    )
-
-
-def _amd_number(text: str, key: str) -> int:
-    return int(re.search(rf"^\s+\.{key}:\s+(\d+)", text, re.MULTILINE)[1])
-
-
-def _amd_bits(suffix: str) -> int:
-    for name, bits in _AMD_BITS.items():
-        if suffix.startswith(name):
-            return bits
-    return 8 if "byte" in suffix else 16
-
-
-def _name(kernel) -> str:
-    return kernel.fn.__name__.strip("_")
-
-
-_POINTER = re.compile(r"\btl\.(?:load|store|atomic_\w+)\(\s*(\w+)")
-
-
-def _pointer(kernel, file: str, line: int) -> str:
-    """The name that a source line's access to memory begins with; "" where it has none."""
-    path = Path(kernel.fn.__code__.co_filename).parent / Path(file).name
-    lines = _source(path)
-    if not 0 < line <= len(lines):
-        return ""
-    found = _POINTER.search(" ".join(lines[line - 1 : line + 1]))
-    return found[1] if found else ""
-
-
-@functools.cache
-def _source(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 # ---- the table
@@ -310,12 +145,89 @@ def in_processes(targets: Iterable[str], full: bool = False) -> dict[str, list[R
 
 
 def counted_passes() -> dict[str, list[tuple[str, float]]]:
-    """Kernel and memory passes of each launch of each case of the table, counted by Triton's
-    interpreter in a process of its own."""
+    """Kernel and memory passes of each launch, of each case of the table; counted by Triton's
+    interpreter, in a process of its own."""
     command = [sys.executable, "-m", "bit_kernels.triton.passes"]
     environment = {**os.environ, "BIT_KERNELS_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(run.stdout)
+
+
+_PAGE = """\
+# The Triton kernels, without a GPU
+
+Written by `python -m bit_kernels.triton.static --write` with Triton {triton} and torch {torch}; nobody
+edits it. Nothing of this was measured on a device.
+
+## What the compilers make of them
+
+Each kernel as the cases below launch it, compiled ahead of time; "16 to 24" is the least and most
+among the cases' specialisations. Spills are instructions that access a thread's stack. Widest are the
+loads from and stores to global memory, in bits. Occupancy is theoretical, by the vendors' rules for
+registers and shared memory. In flight are the bytes of activations that the threads of a
+multiprocessor ask for before they wait.
+
+{kernels}
+
+## Memory passes
+
+An activation's elements loaded and stored, counted from the addresses that the kernels access (at
+batch 1), over what any implementation must load and store. Where a kernel is `swept`, a program reads
+its input twice, and finds much of it in the L2 cache the second time: fewer passes reach memory.
+
+{passes}
+"""
+
+
+def page(found: dict[str, list[Row]], passes: dict[str, list[tuple[str, float]]]) -> str:
+    lines = [["kernel", "target", "warps", "registers", "spills", "widest load", "widest store",
+              "shared bytes", "occupancy, %", "in flight, KiB"]]  # fmt: skip
+    by_kernel: dict[tuple[str, str, str], list[Row]] = {}
+    for target, compiled in found.items():
+        for row in compiled:
+            op = row.case.split()[0]
+            by_kernel.setdefault((op, row.compiled.kernel, target), []).append(row)
+    for (op, kernel, target), rows in sorted(by_kernel.items(), key=_in_order):
+        of = [row.compiled for row in rows]
+        loads = [row.compiled.in_flight(row.activations) for row in rows]
+        lines.append([
+            f"{op} {kernel}", target,
+            _range(each.warps for each in of),
+            _range(each.registers for each in of),
+            _range(each.spills for each in of),
+            _range(each.widest("load") for each in of),
+            _range(each.widest("store") for each in of),
+            _range(each.shared for each in of),
+            _range(round(100 * each.occupancy) for each in of),
+            _range(load >> 10 for load in loads) if any(loads) else "",
+        ])  # fmt: skip
+    counted = [["case", "launches", "passes", "passes / ideal"]]
+    for case in cases():
+        launches = passes[str(case)]
+        total = sum(each for _, each in launches)
+        parts = " + ".join(f"{each:g} {kernel}" for kernel, each in launches if each)
+        counted.append([str(case), str(len(launches)), parts, f"{total:g} / {case.ideal}"])
+    return _PAGE.format(
+        triton=triton.__version__,
+        torch=torch.__version__.split("+")[0],
+        kernels=_table(lines),
+        passes=_table(counted),
+    )
+
+
+def _in_order(item):
+    (op, kernel, target), _ = item
+    return op, kernel, list(TARGETS).index(target)
+
+
+def _range(values: Iterable[int]) -> str:
+    values = sorted(set(values))
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _table(lines: list[list[str]]) -> str:
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "| " + " | ".join("---" for _ in lines[0]) + " |", *body])
 
 
 def main() -> None:

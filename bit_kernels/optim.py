@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bit_kernels import reference
 from bit_kernels._kept import KeptWeight
 from bit_kernels.modules import StdConv2d
-from bit_kernels.ops.sgd import gradient_norms, sgd
+from bit_kernels.ops.sgd import gradient_norms, project_gradients, sgd
 
 DECAYS = ("kernels", "all")
 
@@ -257,13 +256,8 @@ class SGD(torch.optim.Optimizer):
         self._check_ownership()
         norm_type = float(norm_type)
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        deferred: dict[tuple, list[Tensor]] = {}
-        for p in params:
-            if self._is_deferred(p):
-                key = p.dtype, p.device, self._kept[p].eps
-                deferred.setdefault(key, []).append(p)
         norms = []
-        for (_, _, eps), alike in deferred.items():
+        for (_, _, eps), alike in self._deferred().items():
             norms += gradient_norms(alike, [p.grad for p in alike], eps, norm_type)
         plain = [p.grad for p in params if not self._is_deferred(p)]
         if plain or not norms:
@@ -287,12 +281,18 @@ class SGD(torch.optim.Optimizer):
         `zero_grad`, raises RuntimeError.
         """
         self._check_ownership()
+        for (_, _, eps), params in self._deferred().items():
+            guards = [self._guard(p) for p in params]
+            project_gradients(params, [p.grad for p in params], eps)
+            self._projected |= zip(params, guards, strict=True)
+
+    def _deferred(self) -> dict[tuple, list[Tensor]]:
+        """Parameters whose gradients are those of the standardized form, by dtype, device, eps."""
+        alike: dict[tuple, list[Tensor]] = {}
         for p, weight in self._kept.items():
-            if p.grad is None or not self._is_deferred(p):
-                continue
-            guard = self._guard(p)
-            p.grad.copy_(reference.project_gradient(p.grad, p, weight.eps))
-            self._projected[p] = guard
+            if p.grad is not None and self._is_deferred(p):
+                alike.setdefault((p.dtype, p.device, weight.eps), []).append(p)
+        return alike
 
     def _is_deferred(self, p: Tensor) -> bool:
         """Whether the gradient of `p` is that of its standardized form."""

@@ -36,6 +36,12 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def float32_in_full():
+    """A GPU's convolutions else round float32 factors to 10 bits, which hides what is ours."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard():
     """A shell's background job ignores SIGINT, and what a process ignores a run leaves ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

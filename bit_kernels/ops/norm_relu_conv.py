@@ -13,11 +13,13 @@ that it makes anyway.
 Memory passes beside the convolutions: forward 2 (read x, write a; x a second time if its statistics
 aren't known), the sum 3; backward 2 for a and 3, or 4 with a shortcut (read x, da and dy, write dx).
 
-Implementations: csrc/cpu/norm_relu_conv.cpp, bit_kernels/reference.py; the convolution is
-PyTorch's.
+Implementations: csrc/cpu/norm_relu_conv.cpp and bit_kernels/ops/_composition.py, both made of other
+ops' kernels and PyTorch's convolution; bit_kernels/triton/norm_relu_conv.py, where one kernel does
+all of a forward; bit_kernels/reference.py.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,14 +27,16 @@ from torch import Tensor
 
 from bit_kernels import reference
 from bit_kernels.backends import choose
+from bit_kernels.ops import _composition
 from bit_kernels.ops import group_norm_relu as normalisation
-from bit_kernels.ops import standardize_weight as standardization
+from bit_kernels.ops._composition import NUMBERS, Conv, convs_of
 from bit_kernels.ops._layout import empty_output, memory_format
 from bit_kernels.ops._library import (
     REFUSALS,
     apply_node,
     autocast_dtype,
     call_kernel,
+    implement,
     library,
 )
 from bit_kernels.ops._statistics import recall, remember
@@ -55,7 +59,6 @@ library.define(
 )
 _forward_op = torch.ops.bit_kernels.norm_relu_conv.default
 _backward_op = torch.ops.bit_kernels.norm_relu_conv_backward.default
-_NUMBERS = 9  # of the geometry of one convolution
 
 
 class Norm(NamedTuple):
@@ -66,24 +69,6 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
     eps: float = 1e-5
     relu: bool = True
-
-
-class Conv(NamedTuple):
-    """A 2-d convolution. weight: (C_out, C_in / groups, kh, kw), bias: (C_out,) or None.
-
-    eps: standardize the weight with it first, or None.
-    standardized: the standardized weight, where somebody (bit_kernels.optim.SGD) keeps it; what
-        arrives in the weight's gradient is then the gradient of the standardized weight.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    eps: float | None = 1e-10
-    standardized: Tensor | None = None
 
 
 def norm_relu_conv(
@@ -110,7 +95,7 @@ def norm_relu_conv(
         residual: (N, C_out, H', W'), added to the first convolution's result.
         next_norm: groups and eps of the GroupNorm that reads the sum: its statistics are taken with
             the sum, and found by group_norm_relu and this function. Needs a residual.
-        backend: None chooses; "cpp" or "reference" insists.
+        backend: None chooses; "cpp", "triton" or "reference" insists.
 
     Returns:
         A tensor for each of `convs`, (N, C_out, H', W') as F.conv2d gives it. Under autocast they
@@ -134,14 +119,14 @@ def norm_relu_conv(
             backend == "reference" or compiling or torch._C._are_functorch_transforms_active()
         ):
             return reference.norm_relu_conv(input, norm, convs, residual)
-        return _run(input, norm, convs, residual, next_norm, compiling, served_by == "cpp")
+        return _run(input, norm, convs, residual, next_norm, compiling, served_by)
     except REFUSALS:
         # Nothing was computed; this says why in the words of this function's arguments.
         _check(input, norm, convs, residual, next_norm)
         raise
 
 
-def _run(input, norm, convs, residual, next_norm, compiling, native):
+def _run(input, norm, convs, residual, next_norm, compiling, served_by):
     num_groups, weight, bias, eps, relu = norm
     tensors, geometry, weight_eps, shortcut = [], [], [], None
     for at, conv in enumerate(convs):
@@ -167,13 +152,13 @@ def _run(input, norm, convs, residual, next_norm, compiling, native):
     elif torch.is_grad_enabled():
         next_statistics = []
         outputs = apply_node(
-            _NormReLUConv, input, residual, weight, bias, statistics, rest, native, shortcut,
+            _NormReLUConv, input, residual, weight, bias, statistics, rest, served_by, shortcut,
             next_statistics, *tensors,
         )  # fmt: skip
         outputs = list(outputs)
     else:
-        outputs, _, _, *next_statistics = _forward(
-            native, input, *statistics, residual, weight, bias, tensors, *rest
+        outputs, _, _, *next_statistics = _KERNELS[served_by].forward(
+            input, *statistics, residual, weight, bias, tensors, *rest
         )
     if shortcut is not None and (compiling or not torch.is_grad_enabled()):
         outputs = [*outputs[:shortcut], input, *outputs[shortcut:]]
@@ -204,7 +189,7 @@ def _check(input, norm, convs, residual, next_norm):
             _check_conv(f"convs[{at}]", input, conv)
     if residual is None:
         return
-    shape = _output_shape(input, convs[0])
+    shape = convs[0].output_shape(input)
     if (
         tuple(residual.shape) != shape
         or residual.device != input.device
@@ -238,40 +223,27 @@ def _check_conv(name, input, conv):
         raise ValueError(
             f"{name}.bias has shape {tuple(conv.bias.shape)}; it must be ({weight.shape[0]},)"
         )
-    if min(_output_shape(input, conv)[2:]) <= 0:
+    if min(conv.output_shape(input)[2:]) <= 0:
         raise ValueError(
             f"input has shape {tuple(input.shape)}; with padding {conv.padding} it is smaller than "
             f"the kernel of {name}, {tuple(weight.shape[2:])} with dilation {conv.dilation}"
         )
 
 
-def _output_shape(input: Tensor, conv: Conv) -> tuple[int, ...]:
-    sides = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            input.shape[2:], conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation
-        )
-    ]
-    return (input.shape[0], conv.weight.shape[0], *sides)
-
-
-def _forward(native, *arguments):
-    return call_kernel(_forward_op, *arguments) if native else _plain(*arguments)
-
-
 class _NormReLUConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, input, residual, weight, bias, statistics, rest, native, shortcut, next_statistics,
-        *tensors,
+        ctx, input, residual, weight, bias, statistics, rest, served_by, shortcut,
+        next_statistics, *tensors,
     ):  # fmt: skip
-        outputs, *found = _forward(
-            native, input, *statistics, residual, weight, bias, tensors, *rest
+        kernels = _KERNELS[served_by]
+        outputs, *found = kernels.forward(
+            input, *statistics, residual, weight, bias, tensors, *rest
         )
         mean, rstd = found[:2] if statistics[0] is None else statistics
         next_statistics += found[2:]
         ctx.save_for_backward(input, mean, rstd, weight, bias, *tensors)
-        ctx.rest, ctx.native, ctx.shortcut = rest, native, shortcut
+        ctx.rest, ctx.backward_kernel, ctx.shortcut = rest, kernels.backward, shortcut
         ctx.set_materialize_grads(False)
         if shortcut is not None:
             outputs.insert(shortcut, input)
@@ -289,39 +261,40 @@ class _NormReLUConv(torch.autograd.Function):
             )
         else:
             found = _gradients(
-                ctx.native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors,
-                *ctx.rest[2:5],
+                ctx.backward_kernel, grads, grad_skip, input, mean, rstd, needs, weight, bias,
+                tensors, *ctx.rest[2:5],
             )  # fmt: skip
         of_residual = grads[0] if ctx.needs_input_grad[1] else None
         return found[0], of_residual, found[1], found[2], *(None,) * 5, *found[3:]
 
 
 def _gradients(
-    native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
+    kernel, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
     weight_eps,
 ):  # fmt: skip
     """The gradients of input, weight, bias and each of `tensors`, None where not needed."""
     if any(grad is None for grad in grads):
         return _gradients_of_some(
-            native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu,
+            kernel, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu,
             geometry, weight_eps,
         )  # fmt: skip
-    arguments = (
-        grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
-        weight_eps,
+    found = iter(
+        kernel(
+            grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
+            weight_eps,
+        )
     )  # fmt: skip
-    found = iter(_backward_op(*arguments) if native else _plain_backward(*arguments))
     return [next(found) if need else None for need in needs]
 
 
 def _gradients_of_some(
-    native, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
+    kernel, grads, grad_skip, input, mean, rstd, needs, weight, bias, tensors, relu, geometry,
     weight_eps,
 ):  # fmt: skip
     """`_gradients` where no gradient came back to some convolutions."""
     kept, some, numbers, some_eps, at = [], [], [], [], 0
     for conv, grad in enumerate(grads):
-        of_conv = geometry[_NUMBERS * conv : _NUMBERS * (conv + 1)]
+        of_conv = geometry[NUMBERS * conv : NUMBERS * (conv + 1)]
         count = 1 + of_conv[7] + of_conv[8]
         if grad is not None:
             kept += range(at, at + count)
@@ -334,7 +307,7 @@ def _gradients_of_some(
         found[0] = grad_skip if needs[0] else None
         return found
     results = _gradients(
-        native, some, grad_skip, input, mean, rstd, (*needs[:3], *(needs[3 + i] for i in kept)),
+        kernel, some, grad_skip, input, mean, rstd, (*needs[:3], *(needs[3 + i] for i in kept)),
         weight, bias, [tensors[i] for i in kept], relu, numbers, some_eps,
     )  # fmt: skip
     for i, grad in zip((0, 1, 2, *(3 + i for i in kept)), results, strict=True):
@@ -345,7 +318,7 @@ def _gradients_of_some(
 def _differentiable_gradients(
     grads, grad_skip, input, weight, bias, tensors, num_groups, eps, relu, geometry, weight_eps
 ):
-    if any(geometry[8::_NUMBERS]):
+    if any(geometry[8::NUMBERS]):
         raise RuntimeError(
             "norm_relu_conv: there is no double backward while an optimizer keeps the standardized "
             "weights; call the optimizer's release() first"
@@ -353,29 +326,12 @@ def _differentiable_gradients(
     given = [at for at, grad in enumerate(grads) if grad is not None]
 
     def outputs(input, weight, bias, *tensors):
-        convs = _convs(tensors, geometry, weight_eps)
+        convs = convs_of(tensors, geometry, weight_eps)
         results = reference.norm_relu_conv(input, Norm(num_groups, weight, bias, eps, relu), convs)
         return [results[at] for at in given] + ([] if grad_skip is None else [input * 1])
 
     came = [grads[at] for at in given] + ([] if grad_skip is None else [grad_skip])
     return reference.gradients(outputs, (input, weight, bias, *tensors), came)
-
-
-def _convs(tensors, geometry, weight_eps) -> list[Conv]:
-    convs, present = [], iter(tensors)
-    for at, eps in enumerate(weight_eps):
-        *sides, groups, has_bias, has_standardized = geometry[_NUMBERS * at : _NUMBERS * (at + 1)]
-        convs.append(
-            Conv(
-                next(present),
-                next(present) if has_bias else None,
-                *(tuple(sides[i : i + 2]) for i in (0, 2, 4)),
-                groups,
-                None if eps < 0 else eps,
-                next(present) if has_standardized else None,
-            )
-        )
-    return convs
 
 
 # ---- the op for a compiler
@@ -386,13 +342,12 @@ def _fake(
     input, mean, rstd, residual, weight, bias, conv_tensors, num_groups, eps, relu, geometry,
     weight_eps, next_groups, next_eps,
 ):  # fmt: skip
-    convs = _convs(conv_tensors, geometry, weight_eps)
+    convs = convs_of(conv_tensors, geometry, weight_eps)
     next_norm = (next_groups, next_eps) if next_groups else None
     _check(input, Norm(num_groups, weight, bias), convs, residual, next_norm)
     layout = memory_format(input)
     outputs = [
-        input.new_empty(_output_shape(input, conv)).contiguous(memory_format=layout)
-        for conv in convs
+        input.new_empty(conv.output_shape(input)).contiguous(memory_format=layout) for conv in convs
     ]
     none = normalisation.empty_statistics(input, 0)
     return (
@@ -431,7 +386,7 @@ def _backward(ctx, grad_outputs, *_grad_statistics):
         )
     else:
         found = _gradients(
-            True, grad_outputs, None, input, mean, rstd, needs, weight, bias, tensors,
+            _backward_op, grad_outputs, None, input, mean, rstd, needs, weight, bias, tensors,
             *ctx.rest[2:5],
         )  # fmt: skip
     residual = grad_outputs[0] if of_residual else None
@@ -443,75 +398,32 @@ torch.library.register_autograd(
 )
 
 
-# Where no kernel is registered for a device, the op itself still runs.
+# forward and backward of a backend; arguments and results are those of the ops.
 
 
-def _plain(
-    input, mean, rstd, residual, weight, bias, conv_tensors, num_groups, eps, relu, geometry,
-    weight_eps, next_groups, next_eps,
-):  # fmt: skip
-    none = list(normalisation.empty_statistics(input, 0))
-    if mean is None:
-        normal, *statistics = normalisation.plain(input, num_groups, weight, bias, eps, relu)
-    else:
-        normal = normalisation.plain_apply(input, mean, rstd, weight, bias, relu)
-        statistics = none
-    outputs = []
-    for conv in _convs(conv_tensors, geometry, weight_eps):
-        shift = None if conv.bias is None else conv.bias.to(normal.dtype)
-        output = torch.conv2d(normal, _used_weight(conv, normal.dtype)[0], shift, *conv[2:6])
-        outputs.append(output.contiguous(memory_format=memory_format(input)))
-    if residual is not None and next_groups:
-        none = normalisation.plain_add(outputs[0], residual, next_groups, next_eps)
-    elif residual is not None:
-        outputs[0].add_(residual)
-    return outputs, *statistics, *none
+class _Kernels(NamedTuple):
+    forward: Callable
+    backward: Callable
 
 
-def _used_weight(conv: Conv, dtype: torch.dtype):
-    """The weight that is convolved with, and the statistics that made it if that was done here."""
-    if conv.standardized is not None:
-        return conv.standardized.to(dtype), None, None
-    if conv.eps is None:
-        return conv.weight.to(dtype), None, None
-    return standardization.plain(conv.weight, conv.eps, dtype)
+def _gpu_forward(*arguments):
+    input, _, _, residual, weight, bias, tensors, num_groups, *_, next_groups, next_eps = arguments
+    convs = convs_of(tensors, *arguments[10:12])
+    next_norm = (next_groups, next_eps) if next_groups else None
+    _check(input, Norm(num_groups, weight, bias), convs, residual, next_norm)
+    return _composition.gpu_forward(*arguments)
 
 
-def _plain_backward(
-    grad_outputs, grad_skip, input, mean, rstd, needs, weight, bias, conv_tensors, relu, geometry,
-    weight_eps,
-):  # fmt: skip
-    needs_normal = any(needs[:3])
-    normal = normalisation.plain_apply(input, mean, rstd, weight, bias, relu)
-    grad_normal, of_convs, wanted = 0, [], iter(needs[3:])
-    for grad, conv in zip(grad_outputs, _convs(conv_tensors, geometry, weight_eps), strict=True):
-        needs_weight, needs_bias = next(wanted), conv.bias is not None and next(wanted)
-        if conv.standardized is not None:
-            next(wanted)
-        used, *statistics = _used_weight(conv, input.dtype)
-        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, normal, used, [used.shape[0]], *conv[2:5], False, (0, 0), conv.groups,
-            (needs_normal, needs_weight, needs_bias),
-        )  # fmt: skip
-        if needs_normal:
-            grad_normal = grad_normal + grad_input
-        if needs_weight:
-            if statistics[0] is not None:
-                grad_weight = standardization.plain_backward(grad_weight, conv.weight, *statistics)
-            layout = memory_format(conv.weight)
-            of_convs.append(grad_weight.to(conv.weight.dtype).contiguous(memory_format=layout))
-        if needs_bias:
-            of_convs.append(grad_bias.to(conv.bias.dtype))
-    if not needs_normal:
-        return of_convs
-    found = normalisation.plain_backward(
-        grad_normal, input, mean, rstd, weight, bias, relu, grad_skip
-    )
-    likes = (input, weight, bias)
-    return [
-        grad.to(like.dtype) for grad, like, need in zip(found, likes, needs[:3]) if need
-    ] + of_convs
+_PLAIN = _Kernels(
+    functools.partial(_composition.forward, _composition.PLAIN),
+    functools.partial(_composition.backward, _composition.PLAIN),
+)
+_GPU = _Kernels(_gpu_forward, functools.partial(_composition.backward, _composition.GPU))
+_KERNELS = {
+    "cpp": _Kernels(functools.partial(call_kernel, _forward_op), _backward_op),
+    "triton": _GPU,
+    "reference": _PLAIN,
+}
 
-
-library.impl("norm_relu_conv", _plain, "CompositeExplicitAutograd")
-library.impl("norm_relu_conv_backward", _plain_backward, "CompositeExplicitAutograd")
+implement("norm_relu_conv", "norm_relu_conv", _PLAIN.forward, _GPU.forward)
+implement("norm_relu_conv_backward", "norm_relu_conv", _PLAIN.backward, _GPU.backward)

@@ -14,7 +14,8 @@ mean and rstd = 1 / sqrt(var + eps) are those of standardize_weight, for each ou
 Memory passes: read g, w and m, write w, m and wh, nothing more. The projection is the backward of
 standardization, and linear: gradients may be summed, over micro-batches or machines, before it.
 
-Implementations: csrc/cpu/sgd.cpp (float32 weights), bit_kernels/reference.py.
+Implementations, of float32 weights: csrc/cpu/sgd.cpp, bit_kernels/triton/sgd.py, csrc/cuda/sgd.cu;
+of all: bit_kernels/reference.py.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from bit_kernels import reference
 from bit_kernels.backends import choose
-from bit_kernels.ops._library import library
+from bit_kernels.ops import _cuda
+from bit_kernels.ops._library import gpu_kernels, implement, library
 
 library.define(
     "sgd(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] standardized, "
@@ -72,10 +74,10 @@ def sgd(
         fresh: `momenta` hold nothing yet and become the gradients.
         project: the gradients are those of the standardized weights.
         eps: of the standardization.
-        backend: None chooses; "cpp" or "reference" insists.
+        backend: None chooses; "cpp", "triton", "cuda" or "reference" insists.
 
     Deterministic: the same input gives the same bits, whatever the number of threads, and
-    `standardized` the bits of standardize_weight(weight, eps, backend="cpp").
+    `standardized` those of standardize_weight(weight, eps) by the same backend ("cpp" or "triton").
 
     Raises:
         ValueError: the lists, shapes, dtypes or devices don't fit; nothing was written.
@@ -84,12 +86,62 @@ def sgd(
         return
     _check(weights, grads, momenta if momentum != 0 else None, standardized, project)
     options = lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, project, eps
-    if choose("sgd", weights[0], backend) == "reference":
+    served_by = choose("sgd", weights[0], backend)
+    if served_by == "reference":
         _plain(weights, grads, momenta, standardized, *options)
         return
-    _op(weights, grads, momenta if momentum != 0 else [], standardized, *options)
+    step = _STEPS[served_by]
+    step(weights, grads, momenta if momentum != 0 else [], standardized, *options)
     # Autograd then notices a backward that needs what was here before.
     torch.autograd.graph.increment_version([*weights, *standardized])
+
+
+def _gpu_step(weights, grads, momenta, standardized, *options):
+    if standardized and standardized[0].dtype == torch.float64:
+        raise ValueError(
+            "standardized has torch.float64; on a GPU it may be torch.float32, torch.bfloat16 or "
+            "torch.float16"
+        )
+    gpu_kernels("sgd").step(weights, grads, momenta, standardized, *options)
+
+
+def _gpu_norms(weights, grads, eps):
+    return gpu_kernels("sgd").gradient_norms(weights, grads, eps)
+
+
+# The ops themselves may be called by anybody.
+
+
+def _gpu_checked_step(weights, grads, momenta, standardized, *options):
+    momentum, project = options[1], options[7]
+    _check(weights, grads, momenta if momentum != 0 else None, standardized, project)
+    _gpu_step(weights, grads, momenta if momentum != 0 else [], standardized, *options)
+
+
+def _gpu_checked_norms(weights, grads, eps):
+    _check(weights, grads, None, weights, True)
+    return _gpu_norms(weights, grads, eps)
+
+
+_STEPS = {"cpp": _op, "triton": _gpu_step, "cuda": _cuda.sgd}
+
+
+def project_gradients(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], eps: float = 1e-10
+) -> None:
+    """Makes gradients of standardized weights those of the raw ones, in place.
+
+    Args:
+        weights, grads, eps: as in `sgd` with project.
+    """
+    if not weights:
+        return
+    _check(weights, grads, None, weights, True)
+    if choose("sgd", weights[0]) == "triton":
+        gpu_kernels("sgd").project_gradients(weights, grads, eps)
+        return
+    for weight, grad in zip(weights, grads, strict=True):
+        grad.copy_(reference.project_gradient(grad, weight, eps))
 
 
 def gradient_norms(
@@ -110,7 +162,7 @@ def gradient_norms(
     if not weights:
         return []
     _check(weights, grads, None, weights, True)
-    if norm_type == 2.0 and choose("sgd", weights[0]) == "cpp":
+    if norm_type == 2.0 and choose("sgd", weights[0]) != "reference":
         return list(_norm_op(weights, grads, eps).unbind())
     return [
         torch.linalg.vector_norm(reference.project_gradient(g, w, eps), norm_type)
@@ -203,5 +255,5 @@ def _plain_norm(weights, grads, eps):
     return torch.stack(norms)
 
 
-library.impl("sgd", _plain, "CompositeExplicitAutograd")
-library.impl("sgd_gradient_norm", _plain_norm, "CompositeExplicitAutograd")
+implement("sgd", "sgd", _plain, _gpu_checked_step)
+implement("sgd_gradient_norm", "sgd", _plain_norm, _gpu_checked_norms)

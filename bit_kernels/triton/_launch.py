@@ -34,16 +34,31 @@ def recording() -> Iterator[list[Launch]]:
         _noted.reset(token)
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, **constexprs) -> None:
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *args,
+    num_warps: int = 4,
+    num_stages: int | None = None,
+    contract: bool = True,
+    **constexprs,
+) -> None:
     """kernel[grid](*args, **constexprs) on the device of the first tensor and its current stream.
 
     grid: programs in up to three dimensions; the first may be 2^31 - 1, the others 65535. With none
         nothing runs.
     num_warps: of 32 threads, for each program.
+    num_stages: of the pipelines that loops load with; Triton's default if None.
+    contract: whether the compiler may make one operation of a product and a sum. Without it the
+        source says every rounding.
     """
     if 0 in grid:
         return
-    options = {"num_warps": num_warps}
+    options: dict[str, Any] = {"num_warps": num_warps}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    if not contract:
+        options["enable_fp_fusion"] = False
     noted = _noted.get()
     if noted is not None:
         noted.append(Launch(kernel, grid, args, constexprs, options))
@@ -67,6 +82,11 @@ WITHOUT_GPU = 132  # multiprocessors, an H100's
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units); an H100's where there is no GPU."""
     return _properties(device.index).multi_processor_count if device.type == "cuda" else WITHOUT_GPU
+
+
+def device_name(device: torch.device) -> str:
+    """What measurements are filed under: the GPU's name, or "cpu" where Triton is interpreted."""
+    return _properties(device.index).name if device.type == "cuda" else device.type
 
 
 def cache_bytes(device: torch.device) -> int:

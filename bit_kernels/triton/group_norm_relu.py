@@ -136,10 +136,10 @@ class _Shape(NamedTuple):
 
         Programs load what belongs to channels once; several tiles each make that little.
         """
-        programs = self.N * ceil_div(self.C, tile["BC"])
+        programs = max(1, self.N * ceil_div(self.C, tile["BC"]))
         wanted = ceil_div(8 * multiprocessors(self.device), programs)
         splits = max(1, min(wanted, ceil_div(self.P, 2 * tile["BP"])))
-        rows = ceil_div(ceil_div(self.P, splits), tile["BP"]) * tile["BP"]
+        rows = max(1, ceil_div(ceil_div(self.P, splits), tile["BP"])) * tile["BP"]
         return ceil_div(self.P, rows), rows
 
 
@@ -190,7 +190,6 @@ def _empty_statistics(shape: _Shape) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(x: Tensor, other: Tensor | None, shape: _Shape, eps: float):
-    mean, rstd = _empty_statistics(shape)
     tile = shape.split()
     splits, rows = shape.splits(tile)
     means, squares = torch.empty(2, shape.N, splits, shape.C, device=x.device)
@@ -198,6 +197,26 @@ def _statistics(x: Tensor, other: Tensor | None, shape: _Shape, eps: float):
         kernels.statistics_kernel, (shape.N * splits, ceil_div(shape.C, tile["BC"])),
         x, other, means, squares, shape.C, shape.P, splits, rows, **tile, **shape.layout,
     )  # fmt: skip
+    return combine_statistics(x, means, squares, rows, shape.num_groups, eps)
+
+
+def statistics(input: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and rstd (N, num_groups) in float32."""
+    x = _lay_out(input, input)
+    return _statistics(x, None, _Shape.of(x, num_groups), eps)
+
+
+def combine_statistics(
+    x: Tensor, means: Tensor, squares: Tensor, rows: int, num_groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd (N, num_groups) of x from what was found of its splits of `rows` pixels.
+
+    means, squares: (N, splits, C), the mean and the sum of squared deviations from it. The last
+        split has what pixels are left.
+    """
+    shape = _Shape.of(x, num_groups)
+    mean, rstd = _empty_statistics(shape)
+    splits = means.shape[1]
     launch(
         kernels.combine_statistics_kernel, (shape.N * shape.num_groups if shape.P else 0,),
         means, squares, mean, rstd, shape.C, shape.P, shape.num_groups, splits, rows,

@@ -5,10 +5,13 @@ import functools
 import pytest
 import torch
 from checking import (
+    BACKEND,
+    DEVICE,
     DTYPES,
     LAYOUTS,
     assert_as_good,
     leave_small_tensors_to_pytorch,
+    of_the_cpu,
     to_float64,
     with_gradients,
 )
@@ -27,14 +30,16 @@ SAMPLES = {
     "parallel": (96, 64, 3, 3),  # 55296 elements
 }
 NAMES = ["output", "grad_weight"]
-fused = functools.partial(standardize_weight, backend="cpp")
+fused = functools.partial(standardize_weight, backend=BACKEND)
 
 
 def make(shape, dtype, layout="contiguous"):
     random = torch.Generator().manual_seed(0)
     # Kernels as small as trained ones, off centre.
     weight = torch.randn(shape, generator=random) * 0.02 + 0.01
-    return LAYOUTS[layout](weight.to(dtype)), torch.randn(shape, generator=random).to(dtype)
+    return LAYOUTS[layout](weight.to(DEVICE, dtype)), torch.randn(shape, generator=random).to(
+        DEVICE, dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +80,7 @@ def test_eps_is_inside_the_root():
 
 
 def test_mean_far_from_zero():
-    weight = torch.randn(4, 600, generator=torch.Generator().manual_seed(0)) + 1000
+    weight = torch.randn(4, 600, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1000
     truth = reference.standardize_weight(weight.double())
     assert (fused(weight).double() - truth).abs().max() < 5e-4
 
@@ -87,6 +92,7 @@ def test_constant_kernel_has_no_gradient():
     assert not output.any() and not weight.grad.any()
 
 
+@of_the_cpu
 def test_same_bits_for_any_number_of_threads():
     weight, grad = make((96, 64, 3, 3), torch.float32)
     results = []
@@ -157,8 +163,8 @@ def test_refuses(weight, message, small_elements, monkeypatch):
 
 
 def test_insisting_on_a_kernel_that_can_not_serve():
-    with pytest.raises(ValueError, match="backend 'cpp' can't serve.*'meta'"):
-        standardize_weight(torch.zeros(3, 3, device="meta"), backend="cpp")
+    with pytest.raises(ValueError, match=f"backend '{BACKEND}' can't serve.*'meta'"):
+        standardize_weight(torch.zeros(3, 3, device="meta"), backend=BACKEND)
 
 
 def test_plain_op_matches_kernel():
@@ -172,3 +178,44 @@ def test_plain_op_matches_kernel():
     arguments = (grad, weight, *kernel[1:])
     a = torch.ops.bit_kernels.standardize_weight_backward(*arguments)
     assert torch.allclose(a, module.plain_backward(*arguments), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_many_have_the_bits_of_each(dtype):
+    made = [make(shape, torch.float32) for shape in (*SAMPLES.values(), (0, 4, 3, 3), (4, 3))]
+    weights, grads = ([t[i] for t in made] for i in (0, 1))
+    results = []
+    for many in (True, False):
+        leaves = [w.clone().requires_grad_() for w in weights]
+        if many:
+            outputs = fused(leaves, 1e-5, dtype=dtype)
+        else:
+            outputs = [fused(leaf, 1e-5, dtype=dtype) for leaf in leaves]
+        assert [o.dtype for o in outputs] == [dtype or torch.float32] * len(leaves)
+        torch.autograd.backward(outputs, [g.to(outputs[0].dtype) for g in grads])
+        results.append([*outputs, *[leaf.grad for leaf in leaves]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(fused(weights, 1e-5, dtype=dtype), outputs))
+
+
+def test_many_of_several_dtypes_and_none():
+    weights = [make((4, 3), torch.float32)[0], make((5, 2, 3), torch.float16)[0]]
+    assert [o.dtype for o in standardize_weight(weights)] == [torch.float32, torch.float16]
+    assert standardize_weight([]) == []
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        standardize_weight([weights[0], torch.zeros(3, device=DEVICE)])
+
+
+def test_second_gradient_of_many():
+    weights = [make((3, 4, 2, 2), torch.float32)[0] * 50, make((2, 6), torch.float32)[0] * 50]
+
+    def penalty(function, dtype):
+        leaves = [w.to(dtype).requires_grad_() for w in weights]
+        total = sum(o.pow(3).sum() for o in function(leaves))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+
+    plain = penalty(lambda ws: [reference.standardize_weight(w) for w in ws], torch.float64)
+    for ours, truth in zip(penalty(standardize_weight, torch.float32), plain, strict=True):
+        assert torch.allclose(ours.double(), truth, rtol=1e-3, atol=1e-3)

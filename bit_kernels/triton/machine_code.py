@@ -184,6 +184,7 @@ def _amd_bits(suffix: str) -> int:
 # ---- from an instruction back to the kernel's argument
 
 _PLACE = re.compile(r"([\w.]+\.py):(\d+):(\d+)")
+_LOC = re.compile(r"^\s*\.loc\s+(\d+ \d+ \d+)(?:.*\binlined_at (\d+ \d+ \d+))?")
 
 
 class _Place(NamedTuple):
@@ -194,11 +195,19 @@ class _Place(NamedTuple):
 
 def _located(text: str) -> Iterator[tuple[str, list[_Place]]]:
     """Lines of assembly, each with its place in the source and the calls around that, innermost
-    first; LLVM writes them behind .loc as "a.py:3:7 @[ b.py:40:5 ]"."""
+    first.
+
+    LLVM writes them behind .loc, as "a.py:3:7 @[ b.py:40:5 ]", or else newer ones name the call's
+    place, whose own .loc came before.
+    """
     places: list[_Place] = []
+    known: dict[str, list[_Place]] = {}
     for row in text.splitlines():
-        if row.lstrip().startswith(".loc"):
+        if found := _LOC.match(row):
             places = [_Place(file, int(line), int(at)) for file, line, at in _PLACE.findall(row)]
+            if found[2] is not None:
+                places = places + known.get(found[2], [])
+            known[found[1]] = places
         else:
             yield row, places
 

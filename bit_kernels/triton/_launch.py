@@ -76,9 +76,12 @@ def _properties(index: int):
     return torch.cuda.get_device_properties(index)
 
 
+WITHOUT_GPU = 132  # multiprocessors, an H100's
+
+
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units); an H100's where there is no GPU."""
-    return _properties(device.index).multi_processor_count if device.type == "cuda" else 132
+    return _properties(device.index).multi_processor_count if device.type == "cuda" else WITHOUT_GPU
 
 
 def device_name(device: torch.device) -> str:

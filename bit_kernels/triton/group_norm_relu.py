@@ -31,6 +31,7 @@ from bit_kernels.triton._launch import ceil_div, launch, multiprocessors, power_
 # Elements of a tensor that a program holds, so that two programs and more share a multiprocessor's
 # registers; backward holds two tensors.
 _HELD_FORWARD, _HELD_BACKWARD = 16384, 8192
+_HELD_UNALIGNED = 4096
 _SWEPT_TILE, _SPLIT_TILE = 4096, 2048  # elements that a program works on at a time
 _WIDEST = 1024  # channels of such a tile
 
@@ -66,14 +67,25 @@ class _Shape(NamedTuple):
         return float(self.D * self.P)
 
     @property
+    def vector(self) -> int:
+        """Elements that a thread accesses at once: 16 bytes where the compiler knows that memory is
+        aligned: Triton tells it of numbers that 16 divides."""
+        run = self.C if self.channels_last else self.P
+        return 16 // self.itemsize if run % 16 == 0 else 1
+
+    @property
     def layout(self) -> dict[str, bool]:
         return dict(CHANNELS_LAST=self.channels_last, WIDE=self.C * self.P >= 1 << 31)
 
     def held(self, elements: int) -> dict[str, int] | None:
         """The tile of whole groups that a program holds, at most so many elements, if there is one.
 
-        In channels_last memory a pixel's piece of it is 16 bytes at least: caches deal in 32.
+        In channels_last memory a pixel's piece of it is 16 bytes at least: caches deal in 32. In
+        contiguous memory a thread has as many channels as vectors, and the parameters of each beside
+        them: where vectors are single elements, registers are enough for few.
         """
+        if not self.channels_last and self.vector == 1:
+            elements = min(elements, _HELD_UNALIGNED)
         BP = power_of_2(self.P)
         BG = self._groups(elements // BP)
         if BP * BG * power_of_2(self.D) > elements:
@@ -131,11 +143,6 @@ class _Shape(NamedTuple):
         return ceil_div(self.P, rows), rows
 
 
-def _warps(elements: int) -> int:
-    """Of a program that has so many elements in its registers: 64 a thread at most."""
-    return min(16, max(4, elements // 2048))
-
-
 def _lay_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=memory_format(like))
 
@@ -163,14 +170,16 @@ def forward(
         kernels.forward_swept_kernel if held is None else kernels.forward_held_kernel,
         (shape.N * blocks if x.numel() else 0,),
         x, weight, bias, output, mean, rstd, shape.C, shape.P, num_groups, shape.count, eps, blocks,
-        **tile, **shape.layout, RELU=relu, num_warps=_warps_of(tile, held is not None, 1),
+        **tile, **shape.layout, RELU=relu, num_warps=_warps(tile, held is not None, 1, shape.vector),
     )  # fmt: skip
     return output, mean, rstd
 
 
-def _warps_of(tile: dict[str, int], is_held: bool, tensors: int) -> int:
+def _warps(tile: dict[str, int], is_held: bool, tensors: int, vector: int) -> int:
+    """Of a program: a thread has 16 elements of a tile, or holds 8 vectors of all tensors."""
     elements = tile["BP"] * tile["BG"] * tile["D2"]
-    return _warps(elements * tensors if is_held else 4 * elements)
+    threads = elements * tensors // (8 * vector) if is_held else elements // 16
+    return min(16, max(4, threads // 32))
 
 
 def _empty_statistics(shape: _Shape) -> tuple[Tensor, Tensor]:
@@ -280,7 +289,7 @@ def backward(
             (shape.N * blocks if x.numel() else 0,),
             grad_output, x, mean, rstd, weight, bias, grad_skip, grad_input, sums, sums_normal,
             *numbers, shape.count, blocks, **tile, **shape.layout, RELU=relu,
-            num_warps=_warps_of(tile, held is not None, 2),
+            num_warps=_warps(tile, held is not None, 2, shape.vector),
         )  # fmt: skip
         return grad_input, *_parameter_gradients(sums, sums_normal, shape)
     tile = shape.split()

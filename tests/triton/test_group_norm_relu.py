@@ -40,7 +40,7 @@ KERNELS = {
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     held, multiprocessors = WAYS[request.param]
-    for name in ("_HELD_FORWARD", "_HELD_BACKWARD"):
+    for name in ("_HELD_FORWARD", "_HELD_BACKWARD", "_HELD_UNALIGNED"):
         monkeypatch.setattr(gpu, name, held)
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: multiprocessors)
     if request.param == "split_once":

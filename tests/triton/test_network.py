@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from checking import BACKEND, DEVICE
+from checking import BACKEND, DEVICE, INTERPRETED
 from torch.nn import functional as F
 
 from bit import models
@@ -13,7 +13,16 @@ from bit_kernels.optim import SGD
 if BACKEND != "triton":
     pytest.skip("for Triton's kernels: BIT_KERNELS_INTERPRET=1 or a GPU", allow_module_level=True)
 
-STEPS = 3
+from bit_kernels.triton import _tables
+
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """The interpreter takes its time by programs, not by elements."""
+    if INTERPRETED:
+        monkeypatch.setattr(_tables, "TILE", 1 << 15)
 
 
 def train(model, images, labels, **autocast):
@@ -35,7 +44,7 @@ def train(model, images, labels, **autocast):
 @pytest.fixture(scope="module")
 def networks():
     torch.manual_seed(0)
-    model = models.create("R26x0.125", num_classes=10, stem="small")
+    model = models.create("R14x0.125", num_classes=10, stem="small")
     model.head.weight.data.normal_(std=0.1)  # zeros would send no gradient back
     images = torch.rand(3, 3, 21, 18) * 2 - 1
     labels = torch.tensor([1, 7, 3])
@@ -49,7 +58,7 @@ def test_training_follows_float64(networks, layout):
     model = copy.deepcopy(model).to(DEVICE, memory_format=layout)
     found, trained = train(model, images.to(memory_format=layout), labels)
     assert (found - losses).abs().max() < 1e-4, (found, losses)
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.05
     # An activation next to zero may fall on the ReLU's other side, which shows in few weights.
     errors, moves = [], []
     for ours, right, start in zip(trained, weights, networks[0].parameters(), strict=True):

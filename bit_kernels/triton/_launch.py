@@ -34,16 +34,20 @@ def recording() -> Iterator[list[Launch]]:
         _noted.reset(token)
 
 
-def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, **constexprs) -> None:
+def launch(
+    kernel, grid: tuple[int, ...], *args, num_warps: int = 4, contract: bool = True, **constexprs
+) -> None:
     """kernel[grid](*args, **constexprs) on the device of the first tensor and its current stream.
 
     grid: programs in up to three dimensions; the first may be 2^31 - 1, the others 65535. With none
         nothing runs.
     num_warps: of 32 threads, for each program.
+    contract: whether the compiler may make one operation of a product and a sum. Without it the
+        source says every rounding.
     """
     if 0 in grid:
         return
-    options = {"num_warps": num_warps}
+    options = {"num_warps": num_warps, "enable_fp_fusion": contract}
     noted = _noted.get()
     if noted is not None:
         noted.append(Launch(kernel, grid, args, constexprs, options))

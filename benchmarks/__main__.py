@@ -5,24 +5,41 @@ Examples:
   python -m benchmarks ops --filter group_norm_relu/r50x1 backward --threads 2
   python -m benchmarks step --filter x224 --rivals bit/ timm/ --rounds 21
   python -m benchmarks step --markdown        the table of what was measured before
+  python -m benchmarks all --device cuda --seconds 100
+  python -m benchmarks ops --device cuda --check      right or not, and no times
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import machine, report, tables
-from benchmarks.runner import Case, CopyLimit, Count, MatrixLimit, Result, measure
+from benchmarks import cuda, gpu_state, machine, report, sanitize, tables
+from benchmarks.runner import (
+    Case,
+    CopyLimit,
+    Count,
+    Gate,
+    MatrixLimit,
+    Refusal,
+    Result,
+    clock_of,
+    first_line,
+    measure,
+    refusal_of,
+)
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = {
-    # name -> module with cases(*, threads, dtypes, quick, compiled) -> list of runner.Case and
-    # runner.Count. It may have MEASURED_DTYPES, if nobody says which; draw(rows, path), or PICTURE =
-    # (metric, value at which a line is drawn); markdown(rows).
+    # name -> module with cases(*, threads, dtypes, quick, compiled, device) -> list of runner.Case
+    # and runner.Count, the most important first. It may have MEASURED_DTYPES and CUDA_DTYPES, if
+    # nobody says which; draw(rows, path), or PICTURE = (metric, value at which a line is drawn);
+    # markdown(rows); left_out(device) -> why cases that belong to it can't be measured here.
     "ops": "benchmarks.ops",
     "step": "benchmarks.step",
     "memory": "benchmarks.memory",
@@ -38,6 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 if a rival has no figure, or 2 for bad arguments, or 130 for Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        if options.threads:
+            parser.error(
+                "--threads is for the CPU's suites; it may not be given with --device cuda"
+            )
+        named = options.list or options.markdown and options.out
+        if not named and (reason := cuda.why_not()):
+            parser.error(f"--device is cuda; {reason}")
+    elif options.sanitize:
+        parser.error("--sanitize is for --device cuda, whose tools it runs")
+    if options.seconds is not None and options.seconds <= 0:
+        parser.error(f"--seconds is {options.seconds:g}; it must be more than 0")
     for count in options.threads:
         if not 1 <= count <= machine.cores():
             parser.error(f"--threads is {count}; it may be 1 to {machine.cores()} on this machine")
@@ -51,19 +80,26 @@ def main(arguments: list[str] | None = None) -> int:
             for suite in suites:
                 _show(suite, _out(suite, options))
             return 0
-        cases = {suite: _cases(suite, options) for suite in suites}
+        cases = {suite: _cases(suite, options) for suite in _importable(suites)}
         if not any(cases.values()):
             parser.error(_nothing_left(options))
         if options.list:
             print("\n".join(dict.fromkeys(one.name for found in cases.values() for one in found)))
             return 0
+        if options.sanitize:
+            return sanitize.run()
+        if options.check:
+            return max(_check(suite, found) for suite, found in cases.items() if found)
         files = {suite: report.CsvFile(_out(suite, options)) for suite in suites if cases[suite]}
     except ValueError as error:
         parser.error(str(error))
     rounds = options.rounds or (7 if options.quick else 15)
     statuses = []
     for suite, out in files.items():
-        statuses.append(_run(suite, cases[suite], rounds, options.seed, out))
+        budget = options.seconds or float("inf")
+        statuses.append(
+            _run(suite, cases[suite], rounds, options.seed, out, options.device, budget)
+        )
         if statuses[-1] == 130:
             break
     return max(statuses)
@@ -76,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", choices=[*SUITES, "all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="small or few cases: a minute a suite")
     parser.add_argument(
         "--threads",
@@ -106,9 +143,24 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         choices=["float32", "bfloat16", "float16"],
         help="for whole networks bfloat16 is autocast (default: float32; for step, where the "
-        "processor has instructions for it, and for memory bfloat16, too)",
+        "processor has instructions for it, and for memory bfloat16, too; with --device cuda what "
+        "people train in: bfloat16, and for ops and inference the others, too)",
     )
     parser.add_argument("--rounds", type=int, help="samples a figure (default: 15, quick: 7)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help="of each suite: start no case after them; the most important cases come first",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with float64 only, and write nothing"
+    )
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="with --device cuda: check the ops once under each tool of compute-sanitizer",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rivals")
     parser.add_argument(
         "--compile",
@@ -138,16 +190,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cases(suite: str, options: argparse.Namespace) -> list[Case | Count]:
     module = _module(suite)
+    on_gpu = options.device == "cuda"
     # Only ops are so short that one thread and all of them tell different things.
     alone = {1} if suite in ("ops", "data") else set()
+    threads = [1] if on_gpu else options.threads or sorted({*alone, machine.cores()})
+    default = "CUDA_DTYPES" if on_gpu else "MEASURED_DTYPES"
     more = {"data": options.data} if suite == "accuracy" else {}
     found = [
         case
         for case in module.cases(
-            threads=options.threads or sorted({*alone, machine.cores()}),
-            dtypes=options.dtype or list(getattr(module, "MEASURED_DTYPES", ("float32",))),
+            threads=threads,
+            dtypes=options.dtype or list(getattr(module, default, ("float32",))),
             quick=options.quick,
             compiled=options.compile,
+            device=options.device,
             **more,
         )
         if all(part in case.name for part in options.filter)
@@ -171,6 +227,20 @@ def _only(prefixes: list[str]):
     return chosen
 
 
+def _importable(suites: list[str]) -> list[str]:
+    """Of several suites those that have what they need; the others are named."""
+    if len(suites) == 1:
+        return suites
+    found = []
+    for suite in suites:
+        try:
+            _module(suite)
+            found.append(suite)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return found
+
+
 def _nothing_left(options: argparse.Namespace) -> str:
     asked = [
         f"--{name} is {' '.join(values)}"
@@ -181,74 +251,183 @@ def _nothing_left(options: argparse.Namespace) -> str:
 
 
 def _module(suite: str) -> ModuleType:
-    return importlib.import_module(SUITES[suite])
+    """Raises ValueError for a suite that needs a package that isn't here."""
+    try:
+        return importlib.import_module(SUITES[suite])
+    except ModuleNotFoundError as error:
+        raise ValueError(f"suite is {suite}, which can't run here: {error}") from None
 
 
 def _out(suite: str, options: argparse.Namespace) -> Path:
     kind = f"{suite}-quick" if options.quick else suite
-    return options.out or RESULTS / f"{kind}-{machine.short_name()}.csv"
+    return options.out or RESULTS / f"{kind}-{machine.short_name(options.device)}.csv"
 
 
-def _run(suite: str, cases: list[Case | Count], rounds: int, seed: int, out: report.CsvFile) -> int:
+def _run(
+    suite: str,
+    cases: list[Case | Count],
+    rounds: int,
+    seed: int,
+    out: report.CsvFile,
+    device: str = "cpu",
+    budget: float = float("inf"),
+) -> int:
+    started = time.perf_counter()
     timed = any(isinstance(case, Case) for case in cases)
-    large = any(isinstance(case, Case) and (case.necessary_bytes or case.images) for case in cases)
-    keeps = not timed or machine.keep_freed_memory(RESERVE if large else RESERVE // 8)
     run = report.Run(
-        machine.device(),
-        machine.versions(),
+        machine.device(device),
+        machine.versions(device),
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     print(f"{run.device}\n{run.versions}\n{suite}: {len(cases)} cases")
-    if not keeps:
+    for reason in getattr(_module(suite), "left_out", lambda device: [])(device):
+        print(f"left out: {reason}")
+    finish = (_begin_on_cpu if device == "cpu" else _begin_on_gpu)(suite, cases, run, out)
+    results: list[Result] = []
+    red = done = 0
+    stopped = lost = None
+    if timed:
+        copy, matrix_of = _limits(device)
+        print(f"{rounds} rounds each\n\n{report.HEADER}")
+    try:
+        for case in cases:
+            if time.perf_counter() - started > budget:
+                stopped = f"the {budget:g} s are over"
+                break
+            if isinstance(case, Count):
+                red += _count(case, out, run)
+            else:
+                network = matrix_of(case.dtype) if case.images else None
+                results.append(_measured(case, copy, network, rounds, seed))
+                _write(results[-1], out, run)
+            done += 1
+            if device == "cuda" and (lost := cuda.lost()):
+                stopped = f"the GPU answers no more ({lost})"
+                break
+    except KeyboardInterrupt as stop:
+        stopped = "interrupted"
+        if hasattr(stop, "result"):
+            _write(stop.result.cut(), out, run)
+    if stopped:
+        print(f"\n{stopped} after {done} of {len(cases)} cases", file=sys.stderr, flush=True)
+    limits = report.limit_rows(suite, results, run)
+    out.append(limits)
+    print()
+    for row in limits:
+        where = f"{row.threads} thread(s)" if device == "cpu" else row.dtype
+        print(f"{row.provider}, {where}: {row.p50} {row.unit} ({row.p20} to {row.p80})")
+    finish()
+    print("\n".join(report.summary(results)))
+    if out.path.is_file():  # there may be nothing to say
+        print(f"written: {out.path}", flush=True)
+        _draw(suite, out.path)
+    if stopped == "interrupted":
+        return 130
+    return 1 if lost or red or any(result.red for result in results) else 0
+
+
+def _write(result: Result, out: report.CsvFile, run: report.Run) -> None:
+    out.append(report.rows(result, run))
+    print("\n".join(report.lines(result)), flush=True)
+
+
+def _measured(case: Case, copy, matrix, rounds: int, seed: int) -> Result:
+    """The case's result; on a GPU, where memory may end, a case that failed is one of them."""
+    try:
+        return measure(case, copy, matrix=matrix, rounds=rounds, seed=seed)
+    except Exception as error:
+        if case.device == "cpu":
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    return Result(case, red=dict.fromkeys(case.providers, reason))
+
+
+def _limits(device: str):
+    """The copy, and a function of a dtype that gives the matrix product."""
+    if device == "cuda":
+        copy, matrix_of = cuda.CopyLimit(), functools.cache(cuda.MatrixLimit)
+        cuda.warm_up(matrix_of("bfloat16"))
+        return copy, matrix_of
+    copy, matrix = CopyLimit(), MatrixLimit()
+    return copy, lambda dtype: matrix
+
+
+def _begin_on_cpu(suite: str, cases: list[Case | Count], run: report.Run, out: report.CsvFile):
+    """Memory for a young process, and what others do; returns what is to be called at the end."""
+    timed = any(isinstance(case, Case) for case in cases)
+    large = any(isinstance(case, Case) and (case.necessary_bytes or case.images) for case in cases)
+    if timed and not machine.keep_freed_memory(RESERVE if large else RESERVE // 8):
         print("warning: malloc can't be told to keep memory here, so page faults are timed")
     busy = machine.load_at_rest()
     if busy > BUSY:
         print(f"warning: others use {busy:.1f} of {machine.cores()} cores; figures will be off")
     out.append([report.load_row(suite, "at start", busy, run)])
     load = machine.Load()
-    results: list[Result] = []
-    done = 0
-    if timed:
-        copy, matrix = CopyLimit(), MatrixLimit()
-        print(f"{rounds} rounds each\n\n{report.HEADER}")
-    try:
-        for case in cases:
-            if isinstance(case, Count):
-                _count(case, out, run)
-            else:
-                network = matrix if case.images else None
-                results.append(measure(case, copy, matrix=network, rounds=rounds, seed=seed))
-                out.append(report.rows(results[-1], run))
-                print("\n".join(report.lines(results[-1])), flush=True)
-            done += 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted after {done} of {len(cases)} cases", file=sys.stderr)
-    limits = report.limit_rows(suite, results, run)
-    out.append(limits)
-    print()
-    for row in limits:
-        print(
-            f"{row.provider}, {row.threads} thread(s): {row.p50} {row.unit} ({row.p20} to {row.p80})"
-        )
-    busy = load.others()
+
+    def finish() -> None:
+        busy = load.others()
+        if busy is not None:
+            out.append([report.load_row(suite, "during the run", busy, run)])
+            if busy > BUSY:
+                print(f"warning: others used {busy:.1f} cores during the run; figures may be off")
+
+    return finish
+
+
+def _begin_on_gpu(suite: str, cases: list[Case | Count], run: report.Run, out: report.CsvFile):
+    """What others do, and a watch on the clocks; returns what is to be called at the end."""
+    busy = gpu_state.busy()
     if busy is not None:
-        out.append([report.load_row(suite, "during the run", busy, run)])
+        out.append([report.busy_row(suite, busy, run)])
         if busy > BUSY:
-            print(f"warning: others used {busy:.1f} cores during the run; figures may be off")
-    print("\n".join(report.summary(results)))
-    print(f"written: {out.path}")
-    _draw(suite, out.path)
-    if done < len(cases):
-        return 130
-    return 1 if any(result.red for result in results) else 0
+            print(f"warning: the GPU was busy {busy:.0%} of the last second; figures will be off")
+    watch = gpu_state.Watch()
+
+    def finish() -> None:
+        rows = report.state_rows(suite, watch.samples(), run)
+        out.append(rows)
+        for row in rows:
+            print(f"{row.metric}: {row.p50} {row.unit} ({row.p20} to {row.p80})")
+
+    return finish
 
 
-def _count(case: Count, out: report.CsvFile, run: report.Run) -> None:
-    """Takes a case's figures; each is on disk as soon as it is there."""
+def _count(case: Count, out: report.CsvFile, run: report.Run) -> int:
+    """Takes a case's figures; each is on disk as soon as it is there. How many rivals are red."""
     print(report.heading(case), flush=True)
-    for figure in case.take():
-        out.append([report.row(case, figure, run)])
-        print(report.figure_line(figure), flush=True)
+    red = 0
+    try:
+        for figure in case.take():
+            if isinstance(figure, Refusal):
+                red += figure.red
+                print(report.refusal_line(figure), flush=True)
+                continue
+            out.append([report.row(case, figure, run)])
+            print(report.figure_line(figure), flush=True)
+    except Exception as error:
+        if case.device == "cpu":
+            raise
+        red += 1
+        print(report.refusal_line(refusal_of("the rest", error)), flush=True)
+    return red
+
+
+def _check(suite: str, cases: list[Case | Count]) -> int:
+    """Only the gate: 1 if a rival is wrong."""
+    wrong = 0
+    for case in cases:
+        if isinstance(case, Count):
+            continue
+        clock = clock_of(case.device)
+        with clock.session(case.threads):
+            check = Gate(case, case.prepare())
+            found = {provider: check.refusal(provider) for provider in case.providers}
+        print(f"{case.name}  {case.dtype}")
+        for provider, refusal in found.items():
+            wrong += refusal is not None and refusal.red
+            print(report.refusal_line(refusal) if refusal else f"  {provider:<30}right", flush=True)
+    print(f"{suite}: {wrong} wrong")
+    return 1 if wrong else 0
 
 
 def _show(suite: str, path: Path) -> None:

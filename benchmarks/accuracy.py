@@ -92,6 +92,7 @@ def cases(
     quick: bool = False,
     compiled: bool = False,
     data: str | None = None,
+    device: str = "cpu",
 ) -> list[Count]:
     """Fused against plain, then the norms at each batch; float32 and eager networks only.
 
@@ -104,6 +105,8 @@ def cases(
         sides = {} if quick else {"crop": 32, "resize": 32}
         images = replace(plan.config.images, flip=True, **sides)
         plan = replace(plan, config=replace(plan.config, data=data, images=images))
+    run = replace(plan.config.run, device=device)
+    plan = replace(plan, config=replace(plan.config, run=run))
     batch = plan.config.schedule.batch
     found = []
     for count in threads:
@@ -113,7 +116,7 @@ def cases(
             (f"norms/micro{plan.micro}", NORMS, plan.micro, plan.seeds[2]),
         ):
             take = functools.partial(_take, plan.config, rivals, micro, seeds, count)
-            found.append(Count("accuracy", name, "float32", count, take))
+            found.append(Count("accuracy", name, "float32", count, take, device))
     return found
 
 
@@ -158,6 +161,7 @@ def train(
         if create is not None:
             chosen = config.network
             network = create(chosen.model, len(task.classes), stem=chosen.stem)
+            network.to(config.run.device)
             # BatchNorm's running statistics aren't among bit's weights.
             network.load_state_dict(trainer.model.state_dict(), strict=False)
             trainer.model = network.to(memory_format=torch.channels_last)

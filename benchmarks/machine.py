@@ -1,4 +1,7 @@
-"""What the figures of a run depend on: processor, caches, versions, other work, the allocator."""
+"""What the figures of a run depend on: processor, caches, versions, other work, the allocator.
+
+`kind` is "cpu" or "cuda". What a GPU's driver says of its clocks is in gpu_state.py.
+"""
 
 import contextlib
 import ctypes
@@ -14,6 +17,7 @@ from pathlib import Path
 import torch
 
 import bit_kernels
+from benchmarks import gpu_state
 
 CPU = Path("/sys/devices/system/cpu")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -48,15 +52,26 @@ def _model() -> str:
     return platform.processor() or platform.machine()
 
 
-def short_name() -> str:
-    """The processor as a part of file names, for instance "epyc-2-cores"."""
+def short_name(kind: str = "cpu") -> str:
+    """The processor as a part of file names, for instance "epyc-2-cores" or "h100-80gb-hbm3"."""
+    if kind == "cuda":
+        words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(0).lower())
+        return "-".join(word for word in words if word not in ("nvidia", "amd"))
     model = re.sub(r"\(.*?\)|@.*|\b(AMD|Intel|CPU|Processor|\d+-Core)\b", " ", _model())
     words = re.findall(r"[a-z0-9]+", model.lower())
     return "-".join([*words, f"{cores()}-cores"])
 
 
-def device() -> str:
-    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB"."""
+def device(kind: str = "cpu") -> str:
+    """The processor in one line, for instance "AMD EPYC, 2 cores, AVX512, L2 1 MiB, L3 32 MiB", or
+    "NVIDIA H100 80GB HBM3, 132 multiprocessors, 79 GiB, L2 50 MiB".
+    """
+    if kind == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        return (
+            f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, "
+            f"{gpu.total_memory >> 30} GiB, L2 {gpu.L2_cache_size >> 20} MiB"
+        )
     parts = [_model(), f"{cores()} cores", torch.backends.cpu.get_cpu_capability()]
     for level in (2, 3):
         size = cache_bytes(level)
@@ -66,14 +81,21 @@ def device() -> str:
     return ", ".join(parts)
 
 
-def versions() -> str:
+def versions(kind: str = "cpu") -> str:
     """Versions that the figures belong to, with the checkout's commit ("+" when it was edited)."""
     parts = [
         f"torch {torch.__version__}",
         f"bit_kernels {bit_kernels.__version__}",
         f"python {platform.python_version()}",
     ]
-    for rival in ("timm", "onnxruntime", "torchvision"):
+    if kind == "cuda":
+        parts.append(f"CUDA {torch.version.cuda or torch.version.hip}")
+        parts.append(f"cuDNN {torch.backends.cudnn.version()}")
+        driver = gpu_state.driver()
+        parts += [f"driver {driver}"] if driver else []
+    rivals = ("timm", "onnxruntime", "torchvision")
+    on_gpu = ("triton", "timm", "liger-kernel", "apex")
+    for rival in on_gpu if kind == "cuda" else rivals:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{rival} {importlib.metadata.version(rival)}")
     commit = _git("rev-parse", "--short", "HEAD")

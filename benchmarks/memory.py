@@ -10,6 +10,8 @@ and storages without bytes), by the same code. Metrics, in MB of 10^6 bytes:
   total               of all these: an upper bound, as gradients come while activations go
   peak_allocated      the most that tensors took in the second step of a process of its own
   peak_resident       the most that this process took of the machine, without Python and libraries
+
+On a GPU see gpu_memory.py.
 """
 
 import argparse
@@ -64,10 +66,22 @@ CASES = [
 RUN = ("bit", "timm", "timm_batch_norm", "conv_only")  # in processes of their own
 
 
+CUDA_DTYPES = ("bfloat16",)
+
+
 def cases(
-    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+    *,
+    threads: list[int],
+    dtypes: list[str],
+    quick: bool = False,
+    compiled: bool = False,
+    device: str = "cpu",
 ) -> list[Count]:
     """Each network by accounting, and the peak of those that can run here; eager rivals only."""
+    if device == "cuda":
+        from benchmarks import gpu_memory
+
+        return gpu_memory.cases(dtypes=dtypes, quick=quick)
     found = []
     for case in CASES:
         if case.quick != quick or case.dtype not in dtypes:
@@ -82,72 +96,25 @@ def cases(
     return found
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Bytes of distinct storages that a forward pass keeps for its backward.
+def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor, dtype: str):
+    """What `network` keeps of a forward pass and the loss, a bit.plan.Saved."""
+    # Its command line needs a package that measuring on a GPU does without.
+    from bit import plan
 
-    activations, weights: made by the pass. kept: there before it, parameters and buffers apart.
-    """
-
-    activations: int
-    weights: int
-    kept: int
-
-
-def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> Saved:
-    """What `network` keeps of a forward pass and the loss; of parameters nothing is counted.
-
-    What a second pass keeps in the same place wasn't made by the first. Of the rest, a tensor with
-    as many elements as a kernel, and a first dimension that isn't the batch, is made of weights.
-    """
-    passes = [_packed(network, images, labels, dtype) for _ in range(2)]
-    own = {
-        _storage(tensor)
-        for tensor in itertools.chain(network.parameters(), network.buffers(), (labels,))
-    }
-    sizes = {parameter.numel() for parameter in network.parameters() if parameter.ndim > 1}
-    stays = {_storage(tensor) for tensor in passes[1][0]} | {_storage(images)}
-    counted = {"activations": 0, "weights": 0, "kept": 0}
-    seen = set(own)
-    for tensor in passes[0][0]:
-        if _storage(tensor) in seen:
-            continue
-        seen.add(_storage(tensor))
-        if _storage(tensor) in stays and _storage(tensor) != _storage(images):
-            kind = "kept"
-        elif tensor.numel() in sizes and tensor.shape[0] != len(images):
-            kind = "weights"
-        else:
-            kind = "activations"
-        counted[kind] += tensor.untyped_storage().nbytes()
-    return Saved(**counted)
-
-
-def _packed(network: nn.Module, images: Tensor, labels: Tensor, dtype: str):
-    """The tensors that one pass hands to autograd, and the loss, which holds on to them."""
-    packed: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        packed.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = rivals.loss_of(network, images, labels, dtype)
-    return packed, loss
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    loss_of = functools.partial(rivals.loss_of, network, images, labels, dtype)
+    return plan.saved_bytes(network, images, labels, loss_of)
 
 
 def _account(case: MemoryCase) -> Iterator[Figure]:
     """Every provider's bytes, without taking them."""
+    from bit import plan
+
     activations: dict[str, int] = {}
     for provider in providers(NETWORKS):
         with torch.device("meta"):
             network = _network(case, provider)
         with FakeTensorMode():
-            _claim_cpu(network)
+            plan.claim_cpu(network)
             optimizer = _optimizer(case, provider, network)
             saved = saved_bytes(network, *_batch(case, provider), case.dtype)
             weights = sum(parameter.nbytes for parameter in network.parameters())
@@ -177,19 +144,6 @@ def _figure(provider: str, metric: str, value: float) -> Figure:
 def _network(case: MemoryCase, provider: str) -> nn.Module:
     network = rivals.network_of(provider).create(case.name, case.classes)
     return network.to(memory_format=rivals.layout_of(provider))
-
-
-def _claim_cpu(network: nn.Module) -> None:
-    """Inside FakeTensorMode: weights of the meta device become a CPU's, still without bytes.
-
-    The ops then keep what their CPU kernels keep.
-    """
-    for module in network.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            setattr(module, name, nn.Parameter(fake))
-        for name, tensor in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def _optimizer(case: MemoryCase, provider: str, network: nn.Module) -> torch.optim.Optimizer | None:

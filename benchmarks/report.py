@@ -5,7 +5,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.runner import COPY, MATRIX, Case, Count, Figure, Result, quantile
+from benchmarks import gpu_state
+from benchmarks.runner import (
+    COPY,
+    MATRIX,
+    Case,
+    Count,
+    Figure,
+    Refusal,
+    Result,
+    quantile,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,10 @@ class Row:
     copy bandwidth of the same case) in 1; "times_limit" (time over the limit's) and "speedup" in
     "x PROVIDER", the fastest limit and the fastest baseline; "images_per_s"; "copy_gbps" in GB/s
     and "matrix_gflops" in GFLOP/s, the limits of the machine; "busy_cores", what other processes
-    used, in cores. Suites that count rather than time say in their docstring what they count.
+    used, in cores. Of GPUs also "graph_replay", 1 if what was timed are replays of a CUDA graph and
+    0 if calls could not be captured; "busy_share" before the run, in 1; and what the driver said during
+    it. Threads are 1 there. Suites that count rather than time say in their docstring what they
+    count.
     """
 
     suite: str
@@ -59,6 +72,9 @@ def figures(result: Result) -> list[Figure]:
         if case.images is not None:
             rates = [case.images / value for value in seconds]
             found.append(Figure.of(provider, "images_per_s", rates, "images/s"))
+        if provider in result.eager:
+            replayed = float(result.eager[provider] is None)
+            found.append(Figure(provider, "graph_replay", replayed, replayed, replayed, "1"))
         if case.necessary_bytes is not None and result.copy_gbps:
             shares = [result.share_of_copy(value) for value in seconds]
             found.append(Figure.of(provider, "share_of_copy", shares, "1"))
@@ -72,18 +88,23 @@ def figures(result: Result) -> list[Figure]:
 
 
 def limit_rows(suite: str, results: Iterable[Result], run: Run) -> list[Row]:
-    """Copy bandwidth and matrix rate over the whole run, one row a number of threads."""
-    samples: dict[tuple[int, str, str, str], list[float]] = {}
+    """Copy bandwidth and matrix rate over the whole run, one row a number of threads.
+
+    On a GPU there is a matrix rate for each dtype, that of float32 by TF32.
+    """
+    samples: dict[tuple[int, str, str, str, str], list[float]] = {}
     for result in results:
-        threads = result.case.threads
+        case = result.case
+        dtype = "float32" if case.device == "cpu" else case.dtype
+        matrix = f"{MATRIX}_tf32" if case.device != "cpu" and dtype == "float32" else MATRIX
         for *kind, values in (
-            (COPY, "copy_gbps", "GB/s", result.copy_gbps),
-            (MATRIX, "matrix_gflops", "GFLOP/s", result.matrix_gflops),
+            ("float32", COPY, "copy_gbps", "GB/s", result.copy_gbps),
+            (dtype, matrix, "matrix_gflops", "GFLOP/s", result.matrix_gflops),
         ):
-            samples.setdefault((threads, *kind), []).extend(values)
+            samples.setdefault((case.threads, *kind), []).extend(values)
     return [
-        row(Count(suite, "limit", "float32", threads, list), Figure.of(*kind, values, unit), run)
-        for (threads, *kind, unit), values in samples.items()
+        row(Count(suite, "limit", dtype, threads, list), Figure.of(*kind, values, unit), run)
+        for (threads, dtype, *kind, unit), values in samples.items()
         if values
     ]
 
@@ -92,6 +113,22 @@ def load_row(suite: str, when: str, busy: float, run: Run) -> Row:
     """Cores that others kept busy, `when` the run started or during it."""
     figure = Figure("other_processes", "busy_cores", busy, busy, busy, "cores")
     return row(Count(suite, when, "", 0, list), figure, run)
+
+
+def busy_row(suite: str, busy: float, run: Run) -> Row:
+    """Share of the time in which a GPU had work before the run started."""
+    figure = Figure("other_processes", "busy_share", busy, busy, busy, "1")
+    return row(Count(suite, "at start", "", 1, list), figure, run)
+
+
+def state_rows(suite: str, samples: dict[str, list[float]], run: Run) -> list[Row]:
+    """A GPU's clocks, temperature and power over the run, as gpu_state.Watch gives them."""
+    units = dict(gpu_state.ASKED.values())
+    case = Count(suite, "during the run", "", 1, list)
+    return [
+        row(case, Figure.of("nvidia-smi", metric, values, units[metric]), run)
+        for metric, values in samples.items()
+    ]
 
 
 def row(case: Case | Count, figure: Figure, run: Run) -> Row:
@@ -162,13 +199,22 @@ def lines(result: Result) -> list[str]:
     shown = [f"{case.name}  {_circumstances(case)}{floor}{copy}"]
     for provider in case.providers:
         if provider in result.red:
-            shown.append(f"  {provider:<30}NO FIGURE: {result.red[provider]}")
+            shown.append(refusal_line(Refusal(provider, result.red[provider])))
+        elif provider in result.absent:
+            shown.append(refusal_line(Refusal(provider, result.absent[provider], red=False)))
         elif provider in result.seconds:
             shown.append(_line(result, provider))
     return shown
 
 
+def refusal_line(refusal: Refusal) -> str:
+    said = "NO FIGURE" if refusal.red else "left out"
+    return f"  {refusal.provider:<30}{said}: {refusal.reason}"
+
+
 def _circumstances(case: Case | Count) -> str:
+    if case.device != "cpu":
+        return case.dtype
     return f"{case.dtype}, {case.threads} thread{'s' if case.threads > 1 else ''}"
 
 
@@ -181,7 +227,11 @@ def _line(result: Result, provider: str) -> str:
     ratios = [by_metric.get(metric) for metric in ("share_of_copy", "times_limit", "speedup")]
     line += "".join("-".rjust(9) if f is None else f"{f.p50:>9.2f}" for f in ratios)
     spread = ratios[1] or ratios[2]
-    return line if spread is None else f"{line}  {spread.p20:.2f}-{spread.p80:.2f}"
+    if spread is not None:
+        line += f"  {spread.p20:.2f}-{spread.p80:.2f}"
+    if result.eager.get(provider):
+        line += f"  (no graph: {result.eager[provider]})"
+    return line
 
 
 def heading(case: Count) -> str:

@@ -1,6 +1,7 @@
 """Whole networks that are compared, on the same weights, with the optimizer that each is given.
 
-Suites name a rival NETWORK/LAYOUT, or NETWORK_compiled/LAYOUT through torch.compile.
+Suites name a rival NETWORK/LAYOUT, or NETWORK_compiled/LAYOUT through torch.compile, or, on a GPU,
+NETWORK_graph/LAYOUT as a CUDA graph.
 """
 
 import functools
@@ -52,16 +53,17 @@ def installed(provider: str) -> bool:
 
 
 def network_of(provider: str) -> Network:
-    return NETWORKS[provider.partition("/")[0].removesuffix("_compiled")]
+    name = provider.partition("/")[0]
+    return NETWORKS[name.removesuffix("_compiled").removesuffix("_graph")]
 
 
 def layout_of(provider: str) -> torch.memory_format:
     return LAYOUTS[provider.partition("/")[2]]
 
 
-def plain_of(provider: str) -> str:
-    """The rival that computes the same as `provider` in plain PyTorch, and in NCHW."""
-    return f"{network_of(provider).plain}/NCHW"
+def plain_of(provider: str, layout: str = "NCHW") -> str:
+    """The rival that computes the same as `provider` in plain PyTorch."""
+    return f"{network_of(provider).plain}/{layout}"
 
 
 class SharedWeights:
@@ -70,13 +72,13 @@ class SharedWeights:
     Gains of about 0.1 and shifts of 1 or -1 leave a ReLU half of its channels, and hardly a value
     near 0: elsewhere its sign is a matter of rounding, and after 50 layers so are the gradients.
 
-    name, num_classes: as for `bit.models.create`. seed: of the weights.
+    name, num_classes, device: as for `bit.models.create`. seed: of the weights.
     """
 
-    def __init__(self, name: str, num_classes: int = 1000, seed: int = 0):
-        self.name, self.num_classes = name, num_classes
-        self._template = models.create(name, num_classes)
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, name: str, num_classes: int = 1000, seed: int = 0, device: str = "cpu"):
+        self.name, self.num_classes, self._device = name, num_classes, device
+        self._template = _empty(models.create, name, num_classes, device)
+        generator = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
             for key, parameter in self._template.named_parameters():
                 parameter.normal_(generator=generator)
@@ -91,7 +93,7 @@ class SharedWeights:
     def build(self, provider: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The rival's network in its layout, in training mode and not compiled yet."""
         network = network_of(provider)
-        module = network.create(self.name, self.num_classes)
+        module = _empty(network.create, self.name, self.num_classes, self._device)
         # BatchNorm's buffers aren't among the weights, and conv_only has no norms.
         mine = dict(self._named(network.names))
         absent = [key for key, _ in module.named_parameters() if key not in mine]
@@ -108,6 +110,17 @@ class SharedWeights:
 
     def _named(self, names: str) -> dict[str, Tensor]:
         return checkpoint.views(self._template, names)
+
+
+def _empty(create: Callable, name: str, num_classes: int, device: str) -> nn.Module:
+    """A network whose weights are nobody's yet: drawing 928 million to be overwritten takes long."""
+    with torch.device("meta"):
+        module = create(name, num_classes)
+    module.to_empty(device=device)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+    return module
 
 
 def compiled(provider: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -143,6 +156,6 @@ def loss_of(
     forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, dtype: str
 ) -> Tensor:
     """Mean cross-entropy; `dtype` "bfloat16" is autocast, with the loss in float32."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = forward(images)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)

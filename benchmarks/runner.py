@@ -8,6 +8,8 @@
    turns, in a new random order each round, so a disturbance falls on all of them.
 4. One sample is a mean over calls that together last two milliseconds; a figure is the median of
    the rounds, with the 20th and 80th percentile as its spread.
+
+This is the same on every device; what differs is the clock: here the CPU's, in cuda.py a GPU's.
 """
 
 import gc
@@ -15,8 +17,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -31,10 +33,15 @@ MATRIX_SIDE = 1024  # three of 4 MiB: past the caches of a core, 10 to 30 ms
 WARM_SECONDS = 1.0  # at most, for each rival of a case
 
 
+class Absent(Exception):
+    """Raised by a workload for a rival that this machine hasn't: left out, and nothing is wrong."""
+
+
 class Workload(Protocol):
     """The inputs of one case in memory, and what its rivals do with them.
 
     Any method may raise for one provider: that rival is shown with its error and gets no figure.
+    It may have drop(provider), which frees what one holds, for cases whose rivals run alone.
     """
 
     def reference(self) -> dict[str, Tensor]:
@@ -68,6 +75,9 @@ class Case:
     images: that one call works on, for images a second.
     passes, necessary_bytes: the floor, in reads or writes of one tensor and in bytes; None where
         a floor says nothing (inputs too small to be rotated past the caches).
+    device: "cpu" or "cuda", whose clock times it.
+    capture: on a GPU, time replays of a CUDA graph of the calls, where they can be captured.
+    alone: rivals fill the memory: each is made, timed with the limits, and gone before the next.
     """
 
     suite: str
@@ -83,6 +93,9 @@ class Case:
     images: int | None = None
     passes: int | None = None
     necessary_bytes: int | None = None
+    device: str = "cpu"
+    capture: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,20 +117,34 @@ class Figure:
 
 @dataclass(frozen=True)
 class Count:
-    """A case that is counted or scored rather than timed: `take` gives its figures as they come."""
+    """A case that is counted or scored rather than timed: `take` gives its figures as they come.
+
+    What `take` gives may also be a Refusal, for a rival that has none.
+    """
 
     suite: str
     name: str
     dtype: str
     threads: int
-    take: Callable[[], Iterable[Figure]]
+    take: Callable[[], Iterable["Figure | Refusal"]]
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why `provider` has no figure; `red` if something is wrong rather than not there."""
+
+    provider: str
+    reason: str
+    red: bool = True
 
 
 @dataclass
 class Result:
     """Samples of one case, one a round: seconds a call by provider, GB/s of the copy, GFLOP/s.
 
-    `red` holds the reason why a provider has no figure.
+    red: the reason why a provider has no figure. absent: likewise, where this machine hasn't it.
+    eager: why a provider wasn't timed as a CUDA graph, None where it was; of `Case.capture` only.
     """
 
     case: Case
@@ -125,6 +152,13 @@ class Result:
     copy_gbps: list[float] = field(default_factory=list)
     matrix_gflops: list[float] = field(default_factory=list)
     red: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    eager: dict[str, str | None] = field(default_factory=dict)
+
+    def cut(self, least: int = 3) -> "Result":
+        """Without the rivals that have fewer samples, for a case that was interrupted."""
+        kept = {name: values for name, values in self.seconds.items() if len(values) >= least}
+        return replace(self, seconds=kept)
 
     def median(self, provider: str) -> float:
         return quantile(self.seconds[provider], 0.5)
@@ -210,35 +244,87 @@ def disagreement(
     return None
 
 
+class Gate:
+    """Compares what rivals of a case compute with the float64 reference."""
+
+    def __init__(self, case: Case, workload: Workload):
+        self._case, self._workload = case, workload
+        self._reference = workload.reference()
+        self._unfused: dict[str, dict[str, Tensor]] = {}
+
+    def refusal(self, provider: str) -> Refusal | None:
+        """Why the provider may not be timed; None if it may."""
+        if not self._reference:
+            return None
+        plain = self._case.plain.get(provider, self._case.baselines[0])
+        try:
+            if plain not in self._unfused:
+                self._unfused[plain] = self._workload.outputs(plain)
+            unfused = self._unfused[plain]
+            outputs = unfused if provider == plain else self._workload.outputs(provider)
+            names = unfused if self._case.plain else self._reference
+            right = {name: self._reference[name] for name in names}
+            reason = disagreement(outputs, right, unfused, self._case.room)
+        except Exception as error:
+            return refusal_of(provider, error)
+        return Refusal(provider, reason) if reason else None
+
+
 def gate(case: Case, workload: Workload) -> dict[str, str]:
     """The providers that may not be timed, each with the reason."""
-    reference = workload.reference()
-    if not reference:
-        return {}
-    red: dict[str, str] = {}
-    families: dict[str, list[str]] = {}
-    for provider in case.providers:
-        families.setdefault(case.plain.get(provider, case.baselines[0]), []).append(provider)
-    for plain, providers in families.items():
-        unfused = workload.outputs(plain)
-        right = {name: reference[name] for name in (unfused if case.plain else reference)}
-        for provider in providers:
-            try:
-                outputs = unfused if provider == plain else workload.outputs(provider)
-                reason = disagreement(outputs, right, unfused, case.room)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {_first_line(error)}"
-            if reason:
-                red[provider] = reason
-    return red
+    check = Gate(case, workload)
+    refusals = map(check.refusal, case.providers)
+    return {refusal.provider: refusal.reason for refusal in refusals if refusal is not None}
 
 
-def _first_line(error: Exception) -> str:
+def refusal_of(provider: str, error: Exception) -> Refusal:
+    if isinstance(error, Absent):
+        return Refusal(provider, first_line(error), red=False)
+    return Refusal(provider, f"{type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+class Clock(Protocol):
+    """How one kind of device is timed."""
+
+    def session(self, threads: int) -> AbstractContextManager:
+        """Around all work on a case."""
+
+    def racer(
+        self, calls: Sequence[Callable[[], object]], min_sample: float, capture: bool
+    ) -> "Racer":
+        """What times a provider's calls, warmed up."""
+
+    def free(self) -> None:
+        """Gives back memory that a failed rival, or one that is through, left behind."""
+
+
+class CpuClock:
+    def session(self, threads: int) -> AbstractContextManager:
+        return _threads(threads)
+
+    def racer(self, calls, min_sample, capture) -> "Racer":
+        return Racer(calls, min_sample)
+
+    def free(self) -> None:
+        pass
+
+
+def clock_of(device: str) -> Clock:
+    if device == "cpu":
+        return CpuClock()
+    from benchmarks import cuda
+
+    return cuda.clock()
 
 
 class Racer:
     """One provider's calls, warmed up, with as many to a sample as its length needs."""
+
+    why_eager = None  # a CPU has nothing else
 
     def __init__(self, calls: Sequence[Callable[[], object]], min_sample: float):
         self._calls = calls
@@ -311,40 +397,101 @@ def measure(
     rounds: int = 15,
     seed: int = 0,
     min_sample: float = 2e-3,
+    clock: Clock | None = None,
 ) -> Result:
-    """Gates and times one case; `min_sample` is the shortest sample in seconds."""
+    """Gates and times one case; `min_sample` is the shortest sample in seconds.
+
+    clock: of the case's device, if None. A KeyboardInterrupt has the rounds until then as `result`.
+    """
     result = Result(case)
+    clock = clock or clock_of(case.device)
+    probes = {COPY: (copy, result.copy_gbps)}
+    if matrix is not None:
+        probes[MATRIX] = (matrix, result.matrix_gflops)
     torch._dynamo.reset()  # torch.compile gives up on a function after 8 forms of it
-    with _threads(case.threads), _no_collection():
-        workload = case.prepare()
-        result.red = gate(case, workload)
-        racers = {}
-        for provider in case.providers:
-            if provider in result.red:
-                continue
-            try:
-                racers[provider] = Racer(workload.calls(provider), min_sample)
-            except Exception as error:
-                result.red[provider] = f"{type(error).__name__}: {_first_line(error)}"
-        if not racers:
-            return result
-        probes = {COPY: (copy, result.copy_gbps)}
-        if matrix is not None:
-            probes[MATRIX] = (matrix, result.matrix_gflops)
-        for probe, _ in probes.values():
-            probe.sample()
-        seconds = {provider: [] for provider in racers}
-        position = 0
-        for order in orders([*racers, *probes], rounds, f"{seed}/{case.name}/{case.threads}"):
-            for name in order:
-                if name in probes:
-                    probe, samples = probes[name]
-                    samples.append(probe.sample())
-                else:
+    try:
+        with clock.session(case.threads), _no_collection():
+            workload = case.prepare()
+            check = Gate(case, workload)
+            alone = [[name] for name in case.providers]
+            for providers in alone if case.alone else [case.providers]:
+                allowed = _pass_gate(result, check, providers, clock)
+                if not case.alone:
+                    check = None  # its tensors are memory that rivals can use
+                racers = _racers(result, workload, allowed, clock, min_sample)
+                _take_turns(result, racers, probes, rounds, seed, clock)
+                if case.alone:
+                    racers.clear()
+                    getattr(workload, "drop", lambda provider: None)(*providers)
+                    clock.free()
+    except KeyboardInterrupt as stop:
+        stop.result = result
+        raise
+    return result
+
+
+def _pass_gate(result: Result, check: Gate, providers: Sequence[str], clock: Clock) -> list[str]:
+    allowed = []
+    for provider in providers:
+        refusal = check.refusal(provider)
+        if refusal is None:
+            allowed.append(provider)
+        else:
+            _refuse(result, refusal, clock)
+    return allowed
+
+
+def _refuse(result: Result, refusal: Refusal, clock: Clock) -> None:
+    (result.red if refusal.red else result.absent)[refusal.provider] = refusal.reason
+    if refusal.red:
+        clock.free()
+
+
+def _racers(
+    result: Result, workload: Workload, providers: Sequence[str], clock: Clock, min_sample: float
+) -> dict[str, Racer]:
+    racers = {}
+    for provider in providers:
+        refusal = None
+        try:
+            calls = workload.calls(provider)
+            racers[provider] = clock.racer(calls, min_sample, result.case.capture)
+        except Exception as error:
+            refusal = refusal_of(provider, error)
+        calls = None
+        if refusal is not None:  # only here has the error let go of what it held
+            _refuse(result, refusal, clock)
+        elif result.case.capture:
+            result.eager[provider] = racers[provider].why_eager
+    return racers
+
+
+def _take_turns(
+    result: Result, racers: dict[str, Racer], probes: dict, rounds: int, seed: int, clock: Clock
+) -> None:
+    if not racers:
+        return
+    case = result.case
+    for probe, _ in probes.values():
+        probe.sample()
+    seconds = {provider: [] for provider in racers}
+    result.seconds |= seconds  # from now on: what is interrupted keeps its rounds
+    position = 0
+    for order in orders([*racers, *probes], rounds, f"{seed}/{case.name}/{case.threads}"):
+        for name in order:
+            if name in probes:
+                probe, samples = probes[name]
+                samples.append(probe.sample())
+            elif name in racers:
+                refusal = None
+                try:
                     seconds[name].append(racers[name].sample(position))
                     position += racers[name].inner
-        result.seconds = seconds
-    return result
+                except Exception as error:
+                    refusal = refusal_of(name, error)
+                if refusal is not None:
+                    del racers[name], result.seconds[name]
+                    _refuse(result, refusal, clock)
 
 
 @contextmanager

@@ -6,17 +6,21 @@ optimizer.
 
 Networks of other libraries take the same step as they are, under torch.optim.SGD(fused=True), and
 converted, under bit_kernels.optim.SGD.
+
+On a GPU the batch is a few images over and over. A repeated batch has the loss and the gradients of
+one, with BatchNorm too, so the gate compares the step that is timed with float64 on a few images.
+"_graph" is the step as one CUDA graph, on a batch that is copied to where the graph reads it.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import others, rivals
+from benchmarks import cuda, others, rivals
 from benchmarks.ops import LAYOUTS
 from benchmarks.runner import Case
 
@@ -29,13 +33,18 @@ SMALLEST_NORM = 1e-2  # of the largest, by which what was learned of a parameter
 
 @dataclass(frozen=True)
 class StepCase:
-    """name: of the network; images, side: of a batch, px; quick: in `--quick` instead."""
+    """name: of the network; images, side: of a batch, px; quick: in `--quick` instead.
+
+    distinct: images of the batch, which are repeated; all if None. alone: as in runner.Case.
+    """
 
     name: str
     images: int
     side: int
     dtype: str = "float32"
     quick: bool = False
+    distinct: int | None = None
+    alone: bool = False
 
 
 CASES = [
@@ -56,11 +65,38 @@ MEASURED_DTYPES = ("float32", "bfloat16") if torch.cpu._is_avx512_bf16_supported
 CONVERT = ("converted", "as_it_is")
 CONVERT_IMAGES, CONVERT_SIDE = 8, 128
 
+CUDA_DTYPES = ("bfloat16",)
+GPU_NETWORKS = (
+    "bit",
+    "bit_graph",
+    "timm",
+    "timm_batch_norm",
+    "conv_only",
+    "conv_only_graph",
+    "eager",
+    "timm_graph",
+    "timm_batch_norm_graph",
+)
+GPU_LARGE = ("bit", "conv_only", "bit_graph", "conv_only_graph", "timm", "timm_graph")
+GPU_COMPILED = ("bit_compiled", "timm_compiled", "timm_batch_norm_compiled")
+GPU_BESIDE_COMPILED = ("bit", "timm", "timm_batch_norm", "conv_only")
+GPU_LIMITS = ("conv_only", "conv_only_graph")
+GPU_GATE_STEPS = 3  # of which a graph takes the last
+GPU_BYTES_AN_IMAGE = 160 << 20  # of 224 px in timm's R50x1 in bfloat16, all rivals' leftovers in it
+GATE_ELEMENTS = 64 << 20  # of parameters; of more, as R152x4 has, every n-th is compared
+
 
 def cases(
-    *, threads: list[int], dtypes: list[str], quick: bool = False, compiled: bool = False
+    *,
+    threads: list[int],
+    dtypes: list[str],
+    quick: bool = False,
+    compiled: bool = False,
+    device: str = "cpu",
 ) -> list[Case]:
     """Full-size networks, or with `quick` a small one; "bfloat16" is autocast."""
+    if device == "cuda":
+        return _gpu_cases(dtypes, quick, compiled)
     found = [
         _case(case, count, compiled)
         for case in CASES
@@ -77,14 +113,74 @@ def cases(
     ]
 
 
-def providers(networks: Sequence[str]) -> tuple[str, ...]:
+def providers(
+    networks: Sequence[str], layouts: Sequence[str] = ("channels_last", "NCHW")
+) -> tuple[str, ...]:
     """Each network that is installed, in both layouts."""
     return tuple(
         f"{network}/{layout}"
         for network in networks
         if rivals.installed(network)
-        for layout in reversed(LAYOUTS)
+        for layout in layouts
     )
+
+
+def gpu_images(wanted: int = 256) -> int:
+    """Images of a batch of R50x1: fewer by powers of two where the GPU's memory is short."""
+    while wanted > 8 and wanted * GPU_BYTES_AN_IMAGE > cuda.memory_bytes():
+        wanted //= 2
+    return wanted
+
+
+def _gpu_cases(dtypes: list[str], quick: bool, compiled: bool) -> list[Case]:
+    """R50x1 and R152x4 in channels_last, and the plain network in NCHW, too.
+
+    Those that torch.compile makes have a case of their own: it takes minutes.
+    """
+    images = gpu_images()
+    declared = [
+        (StepCase("R50x1", images, 224, distinct=min(16, images)), GPU_NETWORKS),
+        (StepCase("R152x4", 8, 224, distinct=2, alone=True), GPU_LARGE),
+    ]
+    if quick:
+        declared = [(StepCase("R26x0.25", 32, 64, distinct=8), GPU_NETWORKS)]
+    found = [
+        _gpu_case(replace(case, dtype=dtype), networks)
+        for case, networks in declared
+        for dtype in dtypes
+    ]
+    if compiled:
+        networks = (*GPU_COMPILED, *GPU_BESIDE_COMPILED)
+        found += [_gpu_case(replace(declared[0][0], dtype=dtype), networks) for dtype in dtypes]
+    return found
+
+
+def _gpu_case(case: StepCase, networks: Sequence[str]) -> Case:
+    named = providers(networks, ["channels_last"])
+    if "eager" in networks:
+        named += providers(["eager"], ["NCHW"])
+    after = "/compiled" if set(GPU_COMPILED) & set(networks) else ""
+    return Case(
+        suite="step",
+        name=f"{case.name}/{case.images}x3x{case.side}x{case.side}{after}",
+        dtype=case.dtype,
+        threads=1,
+        providers=named,
+        baselines=_among(named, BASELINES) or named[-1:],
+        prepare=functools.partial(
+            StepWorkload, case, "cuda", tuple(dict.fromkeys(map(rivals.plain_of, named)))
+        ),
+        plain={provider: rivals.plain_of(provider, "channels_last") for provider in named},
+        room=GATE_ROOM,
+        limits=_among(named, GPU_LIMITS),
+        images=case.images,
+        device="cuda",
+        alone=case.alone,
+    )
+
+
+def _among(named: Sequence[str], networks: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in providers(networks, ["channels_last"]) if name in named)
 
 
 def _case(case: StepCase, threads: int, compiled: bool) -> Case:
@@ -120,46 +216,60 @@ def _convert_case(name: str, threads: int) -> Case:
 
 
 class StepWorkload:
-    """Batches and one network a rival; see benchmarks.runner.Workload."""
+    """Batches and one network a rival; see benchmarks.runner.Workload.
 
-    def __init__(self, case: StepCase):
-        self._case = case
-        generator = torch.Generator().manual_seed(0)
-        shape = (case.images, 3, case.side, case.side)
-        self._batches = [
-            (
-                torch.rand(shape, generator=generator) * 2 - 1,
-                torch.randint(NUM_CLASSES, (case.images,), generator=generator),
-            )
+    plains: the networks that the reference is taken of, all of rivals.NETWORKS if None.
+    """
+
+    def __init__(self, case: StepCase, device: str = "cpu", plains: tuple[str, ...] | None = None):
+        self._case, self._device = case, device
+        self._plains = plains or tuple(sorted(set(map(rivals.plain_of, rivals.NETWORKS))))
+        self._layout = "NCHW" if device == "cpu" else "channels_last"  # of plain rivals
+        self._gate_steps = GATE_STEPS if device == "cpu" else GPU_GATE_STEPS
+        generator = torch.Generator(device).manual_seed(0)
+        draw = {"generator": generator, "device": device}
+        count = case.distinct or case.images
+        shape = (count, 3, case.side, case.side)
+        self._few = [
+            (torch.rand(shape, **draw) * 2 - 1, torch.randint(NUM_CLASSES, (count,), **draw))
             for _ in range(BATCHES)
         ]
-        self._weights = rivals.SharedWeights(case.name, NUM_CLASSES)
+        times = case.images // count
+        self._batches = [
+            (images.repeat(times, 1, 1, 1), labels.repeat(times)) for images, labels in self._few
+        ]
+        self._weights = rivals.SharedWeights(case.name, NUM_CLASSES, device=device)
         self._norms: dict[str, dict[str, Tensor]] = {}
-        self._steps: dict[str, Step] = {}
+        self._steps: dict[str, Step | GraphStep] = {}
+        self._pool = None  # of memory that graphs share: they run one after the other
 
     def reference(self) -> dict[str, Tensor]:
-        return {
-            name: tensor
-            for plain in sorted({network.plain for network in rivals.NETWORKS.values()})
-            for name, tensor in self._reference(f"{plain}/NCHW").items()
-        }
+        found = {}
+        with cuda.untuned():
+            for plain in self._plains:
+                found |= self._reference(plain)
+        return found
 
     def _reference(self, plain: str) -> dict[str, Tensor]:
         step = Step(plain, self._weights, "float64")
-        for images, labels in self._batches[:GATE_STEPS]:
+        for images, labels in self._few[: self._gate_steps]:
             loss = step(images.double(), labels)
         learned = step.learned()
         norms = {key: tensor.norm() for key, tensor in learned.items()}
         # What a following BatchNorm takes out again has a gradient of rounding errors only.
         least = SMALLEST_NORM * max(norms.values())
+        plain = rivals.plain_of(plain, self._layout)
         self._norms[plain] = {key: norm.clamp(min=least) for key, norm in norms.items()}
         return self._results(plain, loss, learned)
 
     def outputs(self, provider: str) -> dict[str, Tensor]:
-        step = self._step(provider)
-        for images, labels in self._batches[:GATE_STEPS]:
+        step, layout = self._step(provider), rivals.layout_of(provider)
+        for images, labels in self._batches[: self._gate_steps]:
+            if self._device != "cpu":  # what is compiled or captured is what is timed
+                images = images.contiguous(memory_format=layout)
             loss = step(images, labels)
-        return self._results(rivals.plain_of(provider), loss, step.learned())
+        plain = rivals.plain_of(provider, self._layout)
+        return self._results(plain, loss, step.learned())
 
     def calls(self, provider: str) -> list[Callable[[], object]]:
         step, layout = self._step(provider), rivals.layout_of(provider)
@@ -168,15 +278,27 @@ class StepWorkload:
             for images, labels in self._batches
         ]
 
-    def _step(self, provider: str) -> "Step":
+    def drop(self, *providers: str) -> None:
+        self._steps.clear()
+
+    def _step(self, provider: str) -> "Step | GraphStep":
         if provider not in self._steps:
-            self._steps[provider] = Step(provider, self._weights, self._case.dtype)
+            if self._case.alone:
+                self._steps.clear()
+            step = Step(provider, self._weights, self._case.dtype)
+            if provider.partition("/")[0].endswith("_graph"):
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                step = GraphStep(step, self._gate_steps - 1, self._pool)
+            self._steps[provider] = step
         return self._steps[provider]
 
     def _results(self, plain: str, loss: Tensor, learned: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, and what was learned of all parameters, each over the reference's norm."""
-        flat = [(learned[key] / norm).flatten() for key, norm in self._norms[plain].items()]
-        return {f"{plain} loss": loss.detach(), f"{plain} learned": torch.cat(flat)}
+        norms = self._norms[plain]
+        total = sum(learned[key].numel() for key in norms)
+        every = max(1, total // GATE_ELEMENTS)
+        flat = [learned[key].flatten()[::every] / norm for key, norm in norms.items()]
+        return {f"{plain} loss": loss.detach().clone(), f"{plain} learned": torch.cat(flat)}
 
 
 class Step:
@@ -207,6 +329,33 @@ class Step:
             return {key: parameter.grad for key, parameter in self._parameters.items()}
         state = self.optimizer.state
         return {key: state[p]["momentum_buffer"] for key, p in self._parameters.items()}
+
+
+class GraphStep:
+    """A rival's step as a CUDA graph, after the first `eager` ones, which fill what it needs: momenta,
+    compiled kernels, tuned convolutions.
+
+    pool: memory that it shares with others' graphs; its gradients are its own.
+    """
+
+    def __init__(self, step: Step, eager: int, pool):
+        self._step, self._eager, self._pool = step, eager, pool
+        self._graph: cuda.Graph | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self._eager:
+            self._eager -= 1
+            return self._step(images, labels)
+        if self._graph is None:
+            self._images, self._labels = images.clone(), labels.clone()
+            self._graph = cuda.Graph(lambda: self._step(self._images, self._labels), self._pool)
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        self._graph.replay()
+        return self._graph.result
+
+    def learned(self) -> dict[str, Tensor]:
+        return self._step.learned()
 
 
 class ConvertWorkload:

@@ -36,7 +36,7 @@ def _where(one: Row) -> tuple:
 
 def markdown(found: Sequence[Row]) -> str:
     """A table of a CSV's rows, a line for each rival of each case and a column for each metric."""
-    machine = [one for one in found if one.case == "limit" or one.metric == "busy_cores"]
+    machine = [one for one in found if one.case in ("limit", "at start", "during the run")]
     metrics = list(dict.fromkeys(one.metric for one in found if one not in machine))
     table: dict[tuple, dict[str, str]] = {}
     for one in found:

@@ -135,9 +135,20 @@ class Run:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     dtype: Dtype = "float32"
-    """float32, or bfloat16 for autocast with float32 weights."""
+    """float32, or bfloat16 for autocast with float32 weights (NVIDIA GPUs from Ampere on). float32
+    on a GPU is torch's default there: convolutions in TF32, matrix products in full precision."""
     channels_last: bool = True
     """Keep activations and weights channels-last in memory."""
+    compile: bool = False
+    """Train through torch.compile; evaluation does without. The first update takes longer, memory
+    differs from what bit.plan says."""
+    cuda_graph: bool = False
+    """Capture forward and backward of a micro-batch once and replay them, for networks or
+    micro-batches so small that a GPU waits for Python. A last micro-batch of another size runs
+    without. Takes its memory for the whole run."""
+    deterministic: bool = False
+    """On a GPU, take only convolution algorithms that give the same bits every time, in place of
+    the fastest by trial: then a resumed run is bit-identical there too, as on the CPU."""
     threads: int | None = None
     """CPU threads of torch; None = torch's own choice."""
     workers: int = 1
@@ -239,6 +250,7 @@ def check(config: Config) -> None:
     _require(
         re.fullmatch(r"cpu|cuda(:\d+)?", run.device) is not None, run, "device", "cpu, cuda, cuda:N"
     )
+    _require(not run.cuda_graph or run.device != "cpu", run, "cuda_graph", "False on device cpu")
 
 
 def resolve(

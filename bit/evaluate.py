@@ -22,8 +22,8 @@ import tyro
 from bit import checkpoint, metrics, models
 from bit.cli import guarded
 from bit.config import Dtype, Images, Stem
+from bit.device import check_device, set_up
 from bit.task import check_same_classes, load_dataset, make_task
-from bit.train import check_device
 
 PROG = "python -m bit.evaluate"
 
@@ -104,7 +104,7 @@ def evaluate(options: Evaluate) -> Evaluation:
     Raises ValueError if the checkpoint's classes aren't the data set's, listing the differences,
     and if neither the checkpoint nor `options` tells what is needed.
     """
-    check_device(options.device)
+    check_device(options.device, options.dtype)
     known = checkpoint.read_metadata(options.checkpoint)
     trained, network = known.get("run", {}), known.get("config", {})
     data = _told("data", options.data, trained.get("data"))
@@ -135,6 +135,7 @@ def evaluate(options: Evaluate) -> Evaluation:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    set_up(options.device, deterministic=False)
     model = models.create(name, len(task.classes), stem=stem)
     checkpoint.load(model, options.checkpoint)
     model.to(options.device, memory_format=torch.channels_last)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bit.data import Split, eval_batches
+from bit.data import Split, eval_jobs
+from bit.prefetch import on_device
 from bit_kernels.data import mixup_cross_entropy
 
 
@@ -56,25 +57,24 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    total_loss, rank_hits, true, hit = 0.0, torch.zeros(5, dtype=torch.int64), [], []
+    losses, true, matches = [], [], []  # of every batch, left on the device until all are there
     try:
-        for images, labels in eval_batches(split, size, batch, workers=workers):
+        jobs = eval_jobs(split, size, batch, workers=workers)
+        for images, labels in on_device(jobs, device):
             if stop():
                 return None
-            images, labels = images.to(device), labels.to(device)
             with autocast(device, dtype):
                 logits = model(images)
             targets = labels, labels, 1.0
-            total_loss += mixup_cross_entropy(logits, targets, loss=loss, reduction="sum").item()
+            losses.append(mixup_cross_entropy(logits, targets, loss=loss, reduction="sum"))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            matches = (best == labels[:, None]).cpu()
-            rank_hits[: matches.shape[1]] += matches.sum(0)
-            true.append(labels.cpu())
-            hit.append(matches[:, 0])
+            matches.append(best == labels[:, None])
+            true.append(labels)
     finally:
         model.train(was_training)
-    true, hit = torch.cat(true), torch.cat(hit)
-    classes = logits.shape[1]
+    total_loss = sum(torch.stack(losses).tolist())
+    true, matches = torch.cat(true).cpu(), torch.cat(matches).cpu()
+    hit, classes = matches[:, 0], logits.shape[1]
     seen = torch.bincount(true, minlength=classes)
     right = torch.bincount(true[hit], minlength=classes)
     per_class = tuple(r / s if s else None for r, s in zip(right.tolist(), seen.tolist()))
@@ -82,8 +82,8 @@ def evaluate(
     return Metrics(
         images=len(true),
         loss=total_loss / len(true),
-        top1=rank_hits[0].item() / len(true),
-        top5=rank_hits.sum().item() / len(true),
+        top1=hit.sum().item() / len(true),
+        top5=matches.sum().item() / len(true),
         mean_per_class=sum(present) / len(present),
         per_class=per_class,
     )

@@ -18,20 +18,26 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bit import checkpoint, hyperrule, models, state
+from bit import checkpoint, hyperrule, models, plan, state
 from bit.config import Config, check, resolve
 from bit.data import Augment, Batch, Dataset, Split, TrainBatches
 from bit.data.threads import Clock
+from bit.device import Reading, check_device, set_up
 from bit.folder import check_folder, write_config
+from bit.graphs import Eager, Graphed, Targets
 from bit.interrupt import StopSignals
 from bit.metrics import Metrics, autocast, evaluate
+from bit.prefetch import LoadedBatch, loaded
 from bit.runlog import RunLog
 from bit.task import Task, check_same_classes, load_dataset, make_task
 from bit_kernels.data import mixup_cross_entropy
@@ -89,10 +95,11 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
 
     dataset: already loaded, in place of reading `config.data`. label: shown with the progress.
     Raises ValueError for a configuration that can't be run, TrainingFailed for a loss or weights
-    that are not finite and for a checkpoint that can't be written, Stopped after SIGINT or SIGTERM.
+    that are not finite, for a checkpoint that can't be written and where memory is not enough,
+    Stopped after SIGINT or SIGTERM.
     """
     check(config)
-    check_device(config.run.device)
+    check_device(config.run.device, config.run.dtype)
     task = make_task(dataset or load_dataset(config.data, config.images), config.images)
     weights = config.network.checkpoint
     trained = checkpoint.read_metadata(weights) if weights else {}
@@ -108,6 +115,8 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
     check_folder(folder, config, resume=config.run.resume)
     if (finished := Result.read(folder)) is not None:
         return finished
+    if (warning := plan.warning(config, len(task.classes))) is not None:
+        print(f"{label}: {warning}", file=sys.stderr)
     trainer = Trainer(config, task)
     write_config(folder, config)  # only now, so that what can't be run leaves nothing behind
     trainer.restore()
@@ -139,12 +148,14 @@ class Trainer:
         images, schedule, settings = config.images, config.schedule, config.run
         self.config, self.task, self.folder = config, task, Path(settings.out)
         self.keeps_files = settings.outputs == "full"
+        self.progress = state.Progress(images=len(task.train))
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        set_up(settings.device, deterministic=settings.deterministic)
         torch.manual_seed(settings.seed)
-        self.model = build(config, len(task.classes))
+        with self.memory_advice("a smaller model"):
+            self.model = build(config, len(task.classes))
         self.optimizer = make_optimizer(self.model, config)
-        self.progress = state.Progress(images=len(task.train))
         self.batches = TrainBatches(
             task.train,
             Augment(images.resize, images.crop, images.flip, images.augment == "inception"),
@@ -154,6 +165,16 @@ class Trainer:
             workers=settings.workers,
         )
         self.data_clock = Clock()
+        self.passes: Eager | Graphed = Eager(self.loss_of)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The model as training calls it, compiled where the config says so."""
+        if not self.config.run.compile:
+            return self.model
+        # Runs that this process has done before don't count towards the compiler's limit of forms.
+        torch.compiler.reset()
+        return torch.compile(self.model, dynamic=False, fullgraph=True)
 
     def restore(self) -> None:
         """Go on from the state in the run's folder, where the config says so and there is one."""
@@ -172,7 +193,10 @@ class Trainer:
         if start and start % settings.eval_every == 0 and progress.evaluated < start < total:
             self.evaluate(log, stop)  # a signal came before this evaluation
         self.model.train()
-        batches = self.data_clock.timed(self.batches.iterate(start, total))
+        if settings.cuda_graph:
+            self.passes = self.capture(log)
+        batches = loaded(self.batches.iterate(start, total), schedule.micro_batch, settings.device)
+        batches = self.data_clock.timed(batches)
         for step, batch in enumerate(batches, start):
             if stop:
                 break
@@ -189,49 +213,74 @@ class Trainer:
                     self.save(log)
         return self.finish(log, stop)
 
-    def update(self, batch: Batch, lr: float) -> float:
+    def capture(self, log: RunLog) -> Graphed:
+        """Capture the passes over a micro-batch, before anything else is on the device's streams."""
+        schedule, crop = self.config.schedule, self.config.images.crop
+        images = min(schedule.micro_batch, schedule.batch)
+        with self.memory_advice(self.smaller_micro_batch()):
+            return Graphed(
+                self.loss_of,
+                self.optimizer,
+                (images, 3, crop, crop),
+                adds=schedule.batch >= 2 * images,
+                device=self.config.run.device,
+                say=log.say,
+            )
+
+    def loss_of(self, images: Tensor, targets: Targets) -> Tensor:
+        """The share of a micro-batch in the loss of its update, which is the mean over the batch."""
+        schedule, settings = self.config.schedule, self.config.run
+        if not settings.channels_last:
+            images = images.contiguous()  # they come channels-last, and a network follows them
+        with autocast(settings.device, settings.dtype):
+            logits = self.network(images)
+        loss = mixup_cross_entropy(logits, targets, loss=schedule.loss, reduction="sum")
+        return loss / schedule.batch
+
+    def update(self, batch: Batch | LoadedBatch, lr: float) -> float:
         """Make one update and return its loss, the mean over the batch.
 
-        The weights stay as they are, and TrainingFailed is raised, if the loss is not finite.
+        The weights stay as they are, and TrainingFailed is raised, if the loss is not finite. So
+        an update waits once for the device: for the loss of its last forward, when the backward
+        after that is on its way; the optimizer's step is then launched while the backward runs.
         """
         schedule, settings = self.config.schedule, self.config.run
-        size = len(batch.labels)
         total_loss = torch.zeros((), device=settings.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        for images, labels_a, labels_b in self.data_clock.timed(batch.micro(schedule.micro_batch)):
-            images = images.to(settings.device)
-            labels_a, labels_b = labels_a.to(settings.device), labels_b.to(settings.device)
-            with autocast(settings.device, settings.dtype):
-                logits = self.model(images)
-            targets = labels_a, labels_b, batch.lam
-            loss = mixup_cross_entropy(logits, targets, loss=schedule.loss, reduction="sum") / size
-            loss.backward()
-            total_loss += loss.detach()
-        mean_loss = total_loss.item()
-        if not math.isfinite(mean_loss):
-            raise TrainingFailed(
-                f"the loss is {mean_loss} at update {self.progress.step + 1} (learning rate "
-                f"{lr:g}): stopped before it reached the weights; {self.on_disk()}"
-            )
-        self.optimizer.step()
+        with self.memory_advice(self.smaller_micro_batch()):
+            for images, labels, partners in self.data_clock.timed(
+                batch.micro(schedule.micro_batch)
+            ):
+                loss = self.passes.forward(images, (labels, partners, batch.lam))
+                total_loss += loss.detach()
+                reading = Reading(total_loss)  # that of the last micro-batch counts
+                self.passes.backward(loss)
+            mean_loss = reading.read()
+            if not math.isfinite(mean_loss):
+                raise TrainingFailed(
+                    f"the loss is {mean_loss} at update {self.progress.step + 1} (learning rate "
+                    f"{lr:g}): stopped before it reached the weights; {self.on_disk()}"
+                )
+            self.optimizer.step()
         return mean_loss
 
     def score(self, split: Split, stop: StopSignals) -> Metrics | None:
         """Score the weights of now on a split; None if a signal came in between."""
         settings = self.config.run
-        return evaluate(
-            self.model,
-            split,
-            size=self.config.images.crop,
-            batch=settings.eval_batch,
-            loss=self.config.schedule.loss,
-            device=settings.device,
-            dtype=settings.dtype,
-            workers=settings.workers,
-            stop=lambda: bool(stop),
-        )
+        with self.memory_advice(f"--eval-batch of less than {settings.eval_batch}"):
+            return evaluate(
+                self.model,
+                split,
+                size=self.config.images.crop,
+                batch=settings.eval_batch,
+                loss=self.config.schedule.loss,
+                device=settings.device,
+                dtype=settings.dtype,
+                workers=settings.workers,
+                stop=lambda: bool(stop),
+            )
 
     def evaluate(self, log: RunLog, stop: StopSignals) -> Metrics | None:
         """Score and log the weights of now; keep them if they are the best on validation."""
@@ -324,6 +373,25 @@ class Trainer:
             "run": dataclasses.asdict(self.config),
         }
 
+    @contextmanager
+    def memory_advice(self, less: str) -> Iterator[None]:
+        """Turn a device's lack of memory into a TrainingFailed. less: what would take less."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            said = str(error).partition("\n")[0]
+            raise TrainingFailed(
+                f"out of memory on {self.config.run.device}: try {less}; python -m bit.plan says "
+                f"what fits; {self.on_disk()} ({said})"
+            ) from error
+
+    def smaller_micro_batch(self) -> str:
+        """Say what takes less memory in an update."""
+        images = min(self.config.schedule.micro_batch, self.config.schedule.batch)
+        if images > 1:
+            return f"--micro-batch of less than {images}, which changes results by rounding only"
+        return "a smaller model or crop, as --micro-batch is 1 already"
+
     def on_disk(self) -> str:
         """Say which checkpoint can be relied on."""
         if not self.keeps_files or not self.progress.saved:
@@ -331,14 +399,11 @@ class Trainer:
         return f"{self.folder / 'last.safetensors'} is of update {self.progress.saved}"
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError for a CUDA device that torch doesn't see."""
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}; it must be cpu, as torch sees no CUDA device")
-
-
 def build(config: Config, num_classes: int) -> nn.Module:
-    """Make the network of a resolved config, with its checkpoint's weights if it names one."""
+    """Make the network of a resolved config, with its checkpoint's weights if it names one.
+
+    Fresh weights are drawn on the CPU, so that a seed gives the same ones on every device.
+    """
     network, settings = config.network, config.run
     model = models.create(network.model, num_classes, stem=network.stem)
     if network.checkpoint:

@@ -31,8 +31,15 @@ def lines() -> list[str]:
         ]
     data = _library.data
     rows.append(f"data          {data.__file__ if data else f'missing: {_library.why_not_data}'}")
-    cuda = torch.version.cuda or "none: this torch is built without it"
-    rows.append(f"CUDA          {cuda}; nvcc {shutil.which('nvcc') or 'not found'}")
+    cuda = _library.cuda
+    if cuda is None:
+        rows.append(f"CUDA kernels  missing: {_library.why_not_cuda}")
+    else:
+        rows.append(
+            f"CUDA kernels  {cuda.__file__} for {cuda.architectures()}, nvcc {cuda.compiler()}"
+        )
+    version = torch.version.cuda or "none: this torch is built without it"
+    rows.append(f"CUDA          {version}; nvcc {shutil.which('nvcc') or 'not found'}")
     for op, report in bit_kernels.backends().items():
         rows.append(op)
         rows += [f"  {case:<16} {answer}" for case, answer in report.items()]

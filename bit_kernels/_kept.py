@@ -32,9 +32,17 @@ class KeptWeight:
         """`standardized`, made again if the parameter was changed by anybody but the optimizer.
 
         What shows: operations in place, and other memory behind the parameter; on the CPU also
-        changes through `.data`, in 16 sampled places of which the ends are two.
+        changes through `.data`, in 16 sampled places of which the ends are two. A CUDA graph takes
+        `standardized` as it finds it, and while one is captured a change raises RuntimeError.
         """
         if self._seen != self._look():
+            if self.parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+                # The graph would write it in each replay, but nobody has written it yet.
+                raise RuntimeError(
+                    f"a weight of shape {tuple(self.parameter.shape)} has changed since it was "
+                    "standardized, and a CUDA graph is being captured; call the optimizer's "
+                    "restandardize() or run a forward before, and restandardize() before a replay"
+                )
             # A tensor made under inference mode could not be trained with after it.
             with torch.inference_mode(False), torch.no_grad():
                 self.place().copy_(self._standardize(self.parameter))

@@ -1,7 +1,8 @@
 """Are the native libraries and Triton there, and if not, why, in one sentence.
 
-`native` holds torch's ops, `data` what takes NumPy arrays; None where `why_not` or `why_not_data`
-says why. `why_not_triton` says why GPUs have no kernels.
+`native` holds torch's ops, `data` what takes NumPy arrays, `cuda` the kernels in CUDA C++; None where
+`why_not`, `why_not_data` or `why_not_cuda` says why. `why_not_triton` says why GPUs have no kernels
+in Triton.
 """
 
 import importlib
@@ -60,3 +61,25 @@ elif data is None:
         "bit_kernels._data was built without pybind11 or for another Python; run: "
         f"pip install pybind11, then {_AGAIN}"
     )
+
+
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    if torch.version.hip is not None:
+        return None, "the CUDA kernels are NVIDIA's; this torch is built for AMD GPUs"
+    try:
+        return importlib.import_module("bit_kernels._cuda"), None
+    except ModuleNotFoundError as error:
+        if error.name != "bit_kernels._cuda":
+            raise
+        return None, (
+            "the CUDA kernels were not built, which takes nvcc; with the CUDA toolkit installed and "
+            f"NVCC or CUDA_HOME set, run: {_AGAIN}"
+        )
+    except ImportError as error:
+        return None, (
+            f"the CUDA kernels were built but do not load ({error}); build them again: {_AGAIN}"
+        )
+
+
+# The library loads without a GPU and with a torch that has no CUDA, which then never calls it.
+cuda, why_not_cuda = _load_cuda()

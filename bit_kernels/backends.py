@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bit_kernels import _library
 
-# In order of preference.
-NAMES = ("triton", "cpp", "reference")
+# "cuda" serves who asks for it: whether its kernels are faster than Triton's is not measured yet.
+NAMES = ("triton", "cuda", "cpp", "reference")
+_IN_CUDA = ("group_norm_relu", "sgd")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # compute capability that the Triton kernels are checked for
@@ -63,7 +64,15 @@ def _why_not_capability(capability: tuple[int, int]) -> str | None:
     )
 
 
-_WHY_NOT = {"triton": _why_not_triton, "cpp": _why_not_cpp}
+def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if op not in _IN_CUDA:
+        return f"it is not written in CUDA C++, only {' and '.join(_IN_CUDA)} are"
+    if device.type != "cuda":
+        return f"there is no kernel for device type {device.type!r}"
+    return _why_not_dtype(op, dtype) or _library.why_not_cuda or _why_not_device(device)
+
+
+_WHY_NOT = {"triton": _why_not_triton, "cuda": _why_not_cuda, "cpp": _why_not_cpp}
 
 
 def _fastest(device: torch.device) -> str:
@@ -145,7 +154,8 @@ def _report(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if why_not is not None:
         return f"reference: {why_not}"
     if name != "cpp":
-        return name
+        also = _WHY_NOT["cuda"](op, device, dtype) is None
+        return name + (', or backend="cuda"' if also else "")
     limit = small_elements.get(op, 0)
     return f"cpp ({_library.native.isa()})" + (
         f", reference up to {limit} elements" if limit else ""

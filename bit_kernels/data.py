@@ -61,7 +61,16 @@ class Mixup:
     the same buffer's turn comes. A DataLoader with workers needs prefetch_factor + 2 of them, which
     the default allows for; a list of all batches needs `slots=0`, a new tensor each. The buffers
     are pinned where CUDA is used, and in a worker process they are shared memory, so that a batch
-    gets to the training process without a copy.
+    gets to the training process without a copy. On a GPU each batch is a new tensor.
+
+    **On a GPU**: with `device="cuda"`, or for images that lie there, a batch is made on the GPU, in
+    the process that trains, and nothing waits for it. So a data set that fits into the GPU's memory
+    (or, with `device="cuda"`, into pinned memory) stays there, and a loader without workers picks:
+
+    data = TensorDataset(images.cuda(), labels)
+    loader = DataLoader(Indexed(data), 64, shuffle=True, collate_fn=mix)
+
+    Worker processes must leave the GPU alone; there it is refused.
 
     **Reproducible**: crop and flip of a sample depend on (seed, epoch, index) alone; lam and
     partners on these of the batch's first sample. So nothing depends on the number of workers. The
@@ -81,9 +90,12 @@ class Mixup:
         dtype: float32, bfloat16 or float16.
         seed: of all of it, at least 0.
         slots: buffers, see above.
+        device: of the batches, the CPU or a CUDA device, their targets included; None = where the
+            images are.
 
     Raises:
         ValueError: an argument is none of these, or images and labels don't fit together.
+        RuntimeError: a batch on a GPU is asked for in a worker process.
     """
 
     def __init__(
@@ -99,6 +111,7 @@ class Mixup:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         slots: int = 4,
+        device: torch.device | str | None = None,
     ):
         for name, value, allowed in (
             ("mode", mode, ("batch", "pair", "sample")),
@@ -117,6 +130,7 @@ class Mixup:
         self.alpha, self.mode, self.partner, self.flip = alpha, mode, partner, flip
         self.crop = (crop, crop) if isinstance(crop, int) else crop
         self.mean, self.std, self.dtype, self.seed, self.slots = mean, std, dtype, seed, slots
+        self.device = None if device is None else torch.device(device)
         # Epoch and whether it trains, where worker processes that live on see them change.
         self._state = torch.tensor([0, 1]).share_memory_()
         self._forget()
@@ -139,14 +153,17 @@ class Mixup:
 
     def __call__(self, batch: Sequence[Any]) -> tuple[Tensor, Targets]:
         images, labels, indices = self._unpack(batch)
+        device = self._device(images)
         epoch, training = self._state.tolist()
         if indices is None:
             indices = self._number(epoch) + np.arange(len(images), dtype=np.uint64)
-        crop = images[0].shape[:2] if self.crop is None else self.crop
+        whole = hasattr(images, "shape")
+        shapes = [images.shape[1:]] * len(images) if whole else [image.shape for image in images]
+        crop = shapes[0][:2] if self.crop is None else self.crop
         lam, partner, corners, flips = np.ones(len(images), np.float32), None, None, None
         if training:
             key = self.seed, epoch
-            rooms = np.array([image.shape[:2] for image in images]) - crop
+            rooms = np.array([shape[:2] for shape in shapes]) - crop
             places = np.stack([_uniform(*key, _TOP, indices), _uniform(*key, _LEFT, indices)], 1)
             corners = (places * (np.maximum(rooms, 0) + 1)).astype(np.int64)
             flips = _uniform(*key, _FLIP, indices) < self.flip
@@ -156,7 +173,7 @@ class Mixup:
                 )
                 partner = self._partners(len(images), rng)
                 lam = self._lambdas(partner, rng)
-        shape = (len(images), images[0].shape[-1], *crop)
+        shape = (len(images), shapes[0][-1], *crop)
         mixed = mixup(
             images,
             lam,
@@ -167,10 +184,25 @@ class Mixup:
             mean=self.mean,
             std=self.std,
             dtype=self.dtype,
-            out=self._buffer(shape),
+            device=device,
+            out=self._buffer(shape) if device.type == "cpu" else None,
         )
-        other = labels if partner is None else labels[torch.from_numpy(partner)]
-        return mixed, (labels, other, torch.from_numpy(lam))
+        other, weight = labels, torch.from_numpy(lam)
+        if partner is not None:
+            other = labels[_send(torch.from_numpy(partner), labels.device)]
+        return mixed, tuple(_send(x, mixed.device) for x in (labels, other, weight))
+
+    def _device(self, images: Sequence) -> torch.device:
+        if self.device is not None:
+            device = self.device
+        else:
+            device = images[0].device if isinstance(images[0], Tensor) else torch.device("cpu")
+        if device.type != "cpu" and get_worker_info() is not None:
+            raise RuntimeError(
+                f"Mixup would make a batch on {device} in a worker process, which must leave the "
+                "GPU to the process that trains: use num_workers=0, or collate on the CPU"
+            )
+        return device
 
     def _unpack(self, batch: Sequence[Any]) -> tuple[Sequence, Tensor, np.ndarray | None]:
         if len(batch) == 0:
@@ -188,11 +220,16 @@ class Mixup:
                 f"labels are {labels.dtype} {tuple(labels.shape)}; with {len(images)} images they "
                 f"must be integers ({len(images)},)"
             )
-        indices = np.asarray(columns[2], dtype=np.uint64) if len(columns) == 3 else None
-        # What PIL opens is an array to NumPy.
-        images = [image if hasattr(image, "shape") else np.asarray(image) for image in images]
-        if any(len(image.shape) != 3 for image in images):
-            raise ValueError("images must be (H, W, C) each, or one array (N, H, W, C)")
+        indices = None
+        if len(columns) == 3:
+            if isinstance(columns[2], Tensor) and columns[2].device.type != "cpu":
+                raise ValueError(f"indices are on {columns[2].device}; they must be on the CPU")
+            indices = np.asarray(columns[2], dtype=np.uint64)
+        if not whole:
+            # What PIL opens is an array to NumPy.
+            images = [image if hasattr(image, "shape") else np.asarray(image) for image in images]
+            if any(len(image.shape) != 3 for image in images):
+                raise ValueError("images must be (H, W, C) each, or one array (N, H, W, C)")
         return images, labels.long(), indices
 
     def _number(self, epoch: int) -> np.uint64:
@@ -255,6 +292,13 @@ class Mixup:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU, without waiting for it; what goes to the CPU stays where it is."""
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _uniform(seed: int, epoch: int, purpose: int, indices: np.ndarray) -> np.ndarray:

@@ -222,6 +222,15 @@ class SGD(torch.optim.Optimizer):
             for p, momentum in zip(params, momenta, strict=True):
                 self.state[p]["momentum_buffer"] = momentum
 
+    def restandardize(self) -> None:
+        """Standardize anew the weights that were changed by others, as a forward does by itself.
+
+        For those who run what can't ask: before a CUDA graph is captured or replayed. Weights that
+        were changed in place are standardized in place.
+        """
+        for weight in self._kept.values():
+            weight.up_to_date()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._forget_projected()

@@ -49,15 +49,18 @@ def standardize_weight(
 def mixup(images, lam, partner, crop, corners, flips, mean, std, dtype: torch.dtype) -> Tensor:
     """lam * x[i] + (1 - lam) * x[partner[i]] of cropped, flipped and normalised uint8 images.
 
-    Arguments as `functional.mixup`'s, none of them None, in NumPy arrays of full length.
+    Arguments as `functional.mixup`'s, none of them None; all but the images, which may also be
+    tensors, in NumPy arrays of full length. The result is where the images are.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    lam, mean, std = (torch.tensor(values, dtype=wide) for values in (lam, mean, std))
     (height, width), pixels = crop, []
     for image, (top, left), flip in zip(images, corners, flips, strict=True):
-        cut = torch.tensor(image[top : top + height, left : left + width])
+        cut = image[top : top + height, left : left + width]
+        cut = cut if isinstance(cut, Tensor) else torch.tensor(cut)
         pixels.append(cut.flip(1) if flip else cut)
-    normal = (torch.stack(pixels).to(wide) / 255 - mean) / std
+    pixels = torch.stack(pixels)
+    lam, mean, std = (pixels.new_tensor(values, dtype=wide) for values in (lam, mean, std))
+    normal = (pixels.to(wide) / 255 - mean) / std
     lam = lam.reshape(-1, 1, 1, 1)
     mixed = lam * normal[: len(partner)] + (1 - lam) * normal[torch.tensor(partner)]
     return mixed.to(dtype).permute(0, 3, 1, 2)

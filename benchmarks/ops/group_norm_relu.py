@@ -1,5 +1,6 @@
 """group_norm_relu: what is compared. Nothing here takes time; see benchmarks/ops/__init__.py."""
 
+import functools
 import itertools
 import math
 
@@ -7,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import LAYOUTS, OpCase
+from benchmarks.ops import LAYOUTS, OpCase, on_backends
+from benchmarks.runner import Absent
 from benchmarks.shapes import distinct, network_shapes
 from bit_kernels import functional, reference
 
-GROUPS = 32
+GROUPS, EPS = 32, 1e-5
 R50X1 = tuple((8, *shape) for shape in distinct(network_shapes().norm_inputs))
 SHAPES = {
     "r50x1": R50X1,  # every GroupNorm's input, 8 images of 224 px
@@ -24,10 +26,24 @@ CASES = [
     for why, shapes in SHAPES.items()
     for shape, layout, direction in itertools.product(shapes, LAYOUTS, ("forward", "backward"))
 ]
+GPU_BATCHES = (32, 128, 8, 1)
+GPU_QUICK = {(8, 256, 56, 56), (8, 1024, 14, 14), (1, 64, 56, 56), (1, 32, 4, 4)}
+GPU_CASES = [
+    OpCase(
+        "r50x1" if batch > 1 else "batch1",
+        (batch, *shape[1:]),
+        layout,
+        direction,
+        quick=(batch, *shape[1:]) in GPU_QUICK,
+    )
+    for layout, batch, shape, direction in itertools.product(
+        reversed(LAYOUTS), GPU_BATCHES, R50X1, ("forward", "backward")
+    )
+] + [case for case in CASES if case.why == "tiny"]
 
 
-def ours(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.group_norm_relu(input, GROUPS, weight, bias)
+def ours(input: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    return functional.group_norm_relu(input, GROUPS, weight, bias, backend=backend)
 
 
 def eager(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -38,18 +54,49 @@ def plain(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference.group_norm_relu(input, GROUPS, weight, bias)
 
 
+def liger(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Liger-Kernel's GroupNorm, which takes contiguous tensors and has no activation."""
+    try:
+        from liger_kernel.ops.group_norm import LigerGroupNormFunction
+    except ImportError as error:
+        raise Absent(f"Liger-Kernel is not installed ({error})") from None
+    rows = input.contiguous().flatten(2)
+    rows = LigerGroupNormFunction.apply(rows, weight, bias, input.shape[1], GROUPS, EPS)
+    return F.relu(rows.reshape(input.shape))
+
+
+def apex(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """apex's GroupNorm, whose kernels are for some shapes in channels_last."""
+    if not input.is_contiguous(memory_format=torch.channels_last):
+        raise Absent("apex's GroupNorm has no kernel for NCHW")
+    module = _apex_module(input.shape[1])
+    parameters = {"weight": weight, "bias": bias}
+    return F.relu(torch.func.functional_call(module, parameters, (input,)))
+
+
+@functools.cache
+def _apex_module(channels: int) -> torch.nn.Module:
+    try:
+        from apex.contrib.group_norm import GroupNorm
+    except ImportError as error:
+        raise Absent(f"apex's GroupNorm is not installed ({error})") from None
+    return GroupNorm(GROUPS, channels, eps=EPS)
+
+
 RIVALS = {"bit_kernels": ours, "eager": eager}
+GPU_RIVALS = on_backends("group_norm_relu", ours) | {"eager": eager, "liger": liger, "apex": apex}
 BASELINES = ("eager",)
 REFERENCE = plain
 COMPILED = "eager"
 
 
-def make_inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    channels = shape[1]
+def make_inputs(case: OpCase, generator: torch.Generator) -> dict[str, Tensor]:
+    channels = case.shape[1]
+    normal = functools.partial(torch.randn, generator=generator, device=generator.device)
     return {
-        "input": torch.randn(shape, generator=generator) * 2 + 0.5,
-        "weight": torch.randn(channels, generator=generator) * 0.2 + 1,
-        "bias": torch.randn(channels, generator=generator) * 0.2,
+        "input": normal(case.shape) * 2 + 0.5,
+        "weight": normal(channels) * 0.2 + 1,
+        "bias": normal(channels) * 0.2,
     }
 
 
@@ -64,7 +111,8 @@ def passes(case: OpCase, itemsize: int, threads: int, l2_bytes: int | None) -> i
 
     What is normalised together is read a second time from memory if it can't stay in one core's
     L2. In NCHW that is a group, which always can here; in channels_last it is a sample, or a
-    thread's part of it where there are fewer samples than threads.
+    thread's part of it where there are fewer samples than threads. A GPU keeps part after part in
+    its L2 or on chip: there nothing need be read twice (l2_bytes is None).
     """
     samples, *rest = case.shape
     part = itemsize * math.prod(rest) / max(1, threads // samples)

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runner import Case
+from benchmarks import cuda
+from benchmarks.runner import Absent, Case
 from benchmarks.shapes import network_shapes
 from bit_kernels import reference
+from bit_kernels.backends import choose
 from bit_kernels.functional import sgd
 
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
 EPS = 1e-10
 NETWORKS = {
     "r50x1": network_shapes().kernels,  # every kernel of the network
+    "r152x4": network_shapes(152, 4).kernels,  # of a GPU's cases only
     "8x4M": ((2048, 2048, 1, 1),) * 8,
     "tiny": ((8, 4, 1, 1), (16, 8, 3, 3)) * 4,  # the cost of a call
 }
@@ -32,6 +35,7 @@ TORCH = {
     "eager_fused": {"fused": True},
 }
 OURS = "bit_kernels"
+BACKENDS = ("triton", "cuda")  # ours on a GPU
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,41 @@ class Step:
         return (5 * 4 + written) * sum(map(math.prod, NETWORKS[self.weights]))
 
 
-STEPS = [Step(weights, kept) for weights in NETWORKS for kept in (None, "float32", "bfloat16")]
+STEPS = [
+    Step(weights, kept)
+    for weights in NETWORKS
+    if weights != "r152x4"
+    for kept in (None, "float32", "bfloat16")
+]
+GPU_STEPS = [
+    Step(weights, kept)
+    for weights in ("r50x1", "r152x4", "tiny")
+    for kept in ("bfloat16", None, "float32")
+    if kept != "float32" or weights != "r152x4"
+]
+
+
+def gpu_cases(*, dtypes: list[str], quick: bool) -> list[Case]:
+    """As `cases`, of the networks that are trained there; small weights would stay in the L2."""
+    rivals = tuple(name for name in TORCH if name != "eager")
+    return [
+        Case(
+            suite="ops",
+            name=step.name,
+            dtype="float32",
+            threads=1,
+            providers=(*BACKENDS, *rivals),
+            baselines=rivals,
+            prepare=functools.partial(Workload, step, "cuda"),
+            passes=None if step.weights == "tiny" else 5 + (step.kept == "float32"),
+            necessary_bytes=None if step.weights == "tiny" else step.necessary_bytes(),
+            device="cuda",
+            capture=step.weights != "tiny",
+            alone=step.weights == "r152x4" and cuda.memory_bytes() < 120 << 30,
+        )
+        for step in GPU_STEPS
+        if "float32" in dtypes and (not quick or step.weights == "tiny")
+    ]
 
 
 def cases(*, threads: list[int], dtypes: list[str], quick: bool, compiled: bool) -> list[Case]:
@@ -82,11 +120,12 @@ class Workload:
     "tiny", where the cost of a call is what counts.
     """
 
-    def __init__(self, step: Step):
-        random = torch.Generator().manual_seed(0)
+    def __init__(self, step: Step, device: str = "cpu"):
+        random = torch.Generator(device).manual_seed(0)
+        normal = functools.partial(torch.randn, generator=random, device=device)
         shapes = NETWORKS[step.weights]
-        self._weights = [torch.randn(shape, generator=random) * 0.02 for shape in shapes]
-        self._grads = [torch.randn(shape, generator=random) * 0.01 for shape in shapes]
+        self._weights = [normal(shape) * 0.02 for shape in shapes]
+        self._grads = [normal(shape) * 0.01 for shape in shapes]
         self._kept = getattr(torch, step.kept) if step.kept else None
         self._raw_grads = self._grads
         if self._kept:
@@ -120,7 +159,7 @@ class Workload:
     def _make(self, provider: str) -> tuple[list[Tensor], list[Tensor], Callable[[], object]]:
         """Fresh weights, the places of standardized ones where there are, and what steps them."""
         weights = [weight.clone() for weight in self._weights]
-        if provider != OURS:
+        if provider in TORCH:
             parameters = [nn.Parameter(weight) for weight in weights]
             for parameter, grad in zip(parameters, self._raw_grads, strict=True):
                 parameter.grad = grad
@@ -131,5 +170,11 @@ class Workload:
         if self._kept:
             places = [torch.empty_like(weight, dtype=self._kept) for weight in weights]
             more = {"standardized": places, "project": True, "eps": EPS}
+        if provider in BACKENDS:
+            try:
+                choose("sgd", weights[0], provider)
+            except ValueError as error:
+                raise Absent(str(error)) from None
+            more["backend"] = provider
         step = functools.partial(sgd, weights, self._grads, momenta, **SETTINGS, **more)
         return weights, places, step

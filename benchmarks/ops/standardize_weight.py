@@ -1,12 +1,13 @@
 """standardize_weight: what is compared. Nothing here takes time; see benchmarks/ops/__init__.py."""
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import LAYOUTS, OpCase
+from benchmarks.ops import LAYOUTS, OpCase, on_backends
 from benchmarks.shapes import distinct, network_shapes
 from bit_kernels import functional, reference
 
@@ -23,10 +24,12 @@ CASES = [
     # A 1x1 kernel lies in memory alike in both layouts.
     if layout == "NCHW" or shape[2:] != (1, 1)
 ]
+# The largest first; autograd's and the optimizer's own ops do all of a network at once.
+GPU_CASES = sorted(CASES, key=lambda case: (case.layout == "NCHW", -math.prod(case.shape)))
 
 
-def ours(weight: Tensor) -> Tensor:
-    return functional.standardize_weight(weight, EPS)
+def ours(weight: Tensor, *, backend: str | None = None) -> Tensor:
+    return functional.standardize_weight(weight, EPS, backend=backend)
 
 
 def eager_var_mean(weight: Tensor) -> Tensor:
@@ -49,14 +52,19 @@ RIVALS = {
     "eager_var_mean": eager_var_mean,
     "eager_batch_norm": eager_batch_norm,
 }
+GPU_RIVALS = on_backends("standardize_weight", ours) | {
+    "eager_var_mean": eager_var_mean,
+    "eager_batch_norm": eager_batch_norm,
+}
 BASELINES = ("eager_var_mean", "eager_batch_norm")
 REFERENCE = plain
 COMPILED = "eager_var_mean"
 
 
-def make_inputs(shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    fan_in = shape[1] * shape[2] * shape[3]
-    return {"weight": torch.randn(shape, generator=generator) * fan_in**-0.5 + 0.01}
+def make_inputs(case: OpCase, generator: torch.Generator) -> dict[str, Tensor]:
+    fan_in = math.prod(case.shape[1:])
+    random = torch.randn(case.shape, generator=generator, device=generator.device)
+    return {"weight": random * fan_in**-0.5 + 0.01}
 
 
 def gate_gradient(inputs: list[Tensor], gradient: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Images with labels: data sets by name or path, few-shot subsets, batches."""
 
 from bit.data import digits, fashion_mnist, folder  # noqa: F401  (each registers itself)
-from bit.data.batches import Augment, Batch, TrainBatches, eval_batches
+from bit.data.batches import Augment, Batch, TrainBatches, eval_batches, eval_jobs
 from bit.data.dataset import Dataset, Options, Split, load, names, register
 from bit.data.images import CorruptImage
 from bit.data.subsets import few_shot, split_off
@@ -15,6 +15,7 @@ __all__ = [
     "Split",
     "TrainBatches",
     "eval_batches",
+    "eval_jobs",
     "few_shot",
     "load",
     "names",

@@ -5,17 +5,23 @@ step, and threads may prepare batches in any order.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bit.data.dataset import Split
 from bit.data.images import resized_crop
 from bit.data.threads import in_order
 from bit_kernels.functional import mixup
+
+# Memory for a tensor of a shape and dtype; channels_last if it has four dimensions.
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+# Makes a batch: its images in memory from an `Empty`, if it is given one, and tensors of labels.
+Job = Callable[..., tuple[Tensor, ...]]
 
 # Last word of the seeds (seed, step, _), one a purpose. Never 0: numpy pads seeds with zeros, and
 # (seed, step, 0) would draw what the order of epoch `step` draws.
@@ -57,33 +63,42 @@ class Batch:
     partner: np.ndarray | None = None  # int64 (B,): image i is mixed with image partner[i]
     lam: float = 1.0  # weight of image i, 1 - lam is the partner's
 
-    def micro(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def micro(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Cut the batch into micro-batches of `size` (the last may be smaller).
 
-        Partners come from the whole batch, so no image depends on `size`.
+        Partners come from the whole batch, so no image depends on `size`. Yields what `collate`
+        returns.
+        """
+        return (self.collate(part) for part in self.parts(size))
 
-        Yields:
+    def parts(self, size: int) -> list[slice]:
+        """Which images each micro-batch holds."""
+        if size < 1:
+            raise ValueError(f"size is {size}; it must be at least 1")
+        return [slice(start, start + size) for start in range(0, len(self.labels), size)]
+
+    def collate(self, part: slice, empty: Empty | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Make one micro-batch. empty: gives the memory for its images; None = new memory.
+
+        Returns:
             x: float32 (b, 3, crop, crop), channels_last, (v - 127.5) / 127.5, mixed
             labels_a: int64 (b,), of the images
             labels_b: int64 (b,), of their partners; without mixup `labels_a` again
         """
-        if size < 1:
-            raise ValueError(f"size is {size}; it must be at least 1")
         labels = torch.from_numpy(self.labels)
-        everyone = np.arange(len(self.labels))
-        for start in range(0, len(self.labels), size):
-            own = everyone[start : start + size]
-            others = own if self.partner is None else self.partner[own]
-            taken = own if self.partner is None else np.concatenate([own, others])
-            x = mixup(
-                [self.images[i] for i in taken],
-                self.lam,
-                None if self.partner is None else len(own) + np.arange(len(own)),
-                crop=(self.crop, self.crop),
-                corners=self.corners[taken],
-                flips=self.flips[taken],
-            )
-            yield x, labels[own], labels[others]
+        own = np.arange(len(self.labels))[part]
+        others = own if self.partner is None else self.partner[own]
+        taken = own if self.partner is None else np.concatenate([own, others])
+        x = mixup(
+            [self.images[i] for i in taken],
+            self.lam,
+            None if self.partner is None else len(own) + np.arange(len(own)),
+            crop=(self.crop, self.crop),
+            corners=self.corners[taken],
+            flips=self.flips[taken],
+            out=empty and empty((len(own), 3, self.crop, self.crop), torch.float32),
+        )
+        return x, labels[own], labels[others]
 
 
 class TrainBatches:
@@ -195,23 +210,32 @@ def _inception_box(
     return 0, 0, width, height
 
 
+def eval_jobs(split: Split, size: int, batch_size: int, workers: int = 1) -> Iterator[Job]:
+    """The batches of `eval_batches` as functions that make them; `workers` threads decode ahead."""
+    if size < 1 or batch_size < 1:
+        raise ValueError(f"size is {size} and batch_size {batch_size}; both must be at least 1")
+    squares = split.squares(size)
+    labels = torch.from_numpy(split.labels)
+
+    def prepare(start: int) -> list[np.ndarray]:
+        return [squares[i] for i in range(start, min(start + batch_size, len(split)))]
+
+    def make(start: int, images: list[np.ndarray], empty: Empty | None = None):
+        out = empty and empty((len(images), 3, size, size), torch.float32)
+        return mixup(images, out=out), labels[start : start + batch_size]
+
+    starts = range(0, len(split), batch_size)
+    for start, images in zip(starts, in_order(prepare, starts, workers), strict=True):
+        yield partial(make, start, images)
+
+
 def eval_batches(
     split: Split, size: int, batch_size: int, workers: int = 1
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image of a split once, in order, resized to `size` x `size` px without a crop.
 
     Yields:
         x: float32 (b, 3, size, size), channels_last, in [-1, 1]
         labels: int64 (b,); the last batch may be smaller
     """
-    if size < 1 or batch_size < 1:
-        raise ValueError(f"size is {size} and batch_size {batch_size}; both must be at least 1")
-    squares = split.squares(size)
-
-    def prepare(start: int) -> list[np.ndarray]:
-        return [squares[i] for i in range(start, min(start + batch_size, len(split)))]
-
-    labels = torch.from_numpy(split.labels)
-    starts = range(0, len(split), batch_size)
-    for start, images in zip(starts, in_order(prepare, starts, workers), strict=True):
-        yield mixup(images), labels[start : start + batch_size]
+    return (job() for job in eval_jobs(split, size, batch_size, workers))

@@ -11,7 +11,7 @@ passes, nothing read twice), add_group_statistics a sum in place that takes its 
 passes, and the backward adds another gradient of x, if there is one, to what it writes.
 
 Implementations: csrc/cpu/group_norm_relu.cpp, bit_kernels/triton/group_norm_relu.py,
-bit_kernels/reference.py.
+csrc/cuda/group_norm_relu.cu, bit_kernels/reference.py.
 """
 
 import functools
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bit_kernels import reference
 from bit_kernels.backends import choose
+from bit_kernels.ops import _cuda
 from bit_kernels.ops._layout import empty_output
 from bit_kernels.ops._library import (
     REFUSALS,
@@ -81,7 +82,7 @@ def group_norm_relu(
         weight, bias: (C,), of the input's dtype, or float32 with a bfloat16 or float16 input.
         eps: added to the variance.
         relu: False gives the normalisation alone.
-        backend: None chooses; "cpp", "triton" or "reference" insists.
+        backend: None chooses; "cpp", "triton", "cuda" or "reference" insists.
 
     Returns:
         (N, C, *), of the input's dtype and layout.
@@ -147,6 +148,26 @@ def _gpu_backward(grad_output, input, mean, rstd, weight, bias, relu, grad_skip=
     )
 
 
+def _cuda_forward(input, num_groups, weight, bias, eps, relu):
+    _check(input, num_groups, weight, bias)
+    why_not = _cuda_refusal(input, num_groups, backward=False)
+    if why_not is not None:
+        raise ValueError(f"backend 'cuda' can't serve bit_kernels.group_norm_relu: {why_not}")
+    return _cuda.group_norm_relu(input, num_groups, weight, bias, eps, relu)
+
+
+def _cuda_backward(grad_output, input, mean, rstd, weight, bias, relu, grad_skip=None):
+    arguments = (grad_output, input, mean, rstd, weight, bias, relu, grad_skip)
+    if _cuda_refusal(input, mean.shape[1], backward=True) is not None:  # it keeps twice as much
+        return _gpu_backward(*arguments)
+    return _cuda.group_norm_relu_backward(*arguments)
+
+
+def _cuda_refusal(input, num_groups, *, backward):
+    capability = torch.cuda.get_device_capability(input.device)
+    return _cuda.group_norm_relu_refusal(input, num_groups, capability, backward=backward)
+
+
 # forward, apply and backward of a backend; arguments and results are those of the ops.
 _KERNELS = {
     "cpp": (
@@ -155,6 +176,7 @@ _KERNELS = {
         _backward_op,
     ),
     "triton": (_gpu_forward, _gpu_apply, _gpu_backward),
+    "cuda": (_cuda_forward, _gpu_apply, _cuda_backward),
 }
 
 

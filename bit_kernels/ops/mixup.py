@@ -10,9 +10,10 @@ is 1 + 1 + 4 bytes an element in float32 and 1 + 1 + 2 in a half type. There is 
 are bytes.
 
 It isn't in torch.ops: it takes NumPy arrays as they lie, by pybind11, and works without the GIL on
-torch's threads; in a forked process, which has none of the threads it was forked with, on one.
+torch's threads; in a forked process, which has none of the threads it was forked with, on one. A
+GPU takes images in its own memory or in pinned memory of the host as they lie.
 
-Implementations: csrc/cpu/mixup.cpp, bit_kernels/reference.py.
+Implementations: csrc/cpu/mixup.cpp, bit_kernels/triton/mixup.py, bit_kernels/reference.py.
 """
 
 import os
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from bit_kernels import _library, reference
 from bit_kernels.backends import choose_mixup
+from bit_kernels.ops._library import gpu_kernels
 
 Images = np.ndarray | Tensor | Sequence[np.ndarray | Tensor]
 
@@ -40,6 +42,7 @@ def mixup(
     mean: ArrayLike = 0.5,
     std: ArrayLike = 0.5,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -51,8 +54,11 @@ def mixup(
 
     Args:
         images: uint8 (N, H, W, C), or a sequence of N of (H, W, C), whose sizes may then differ;
-            NumPy or torch. Used as they lie where a row of pixels is one run of memory, copied
-            first where not.
+            NumPy or torch, all on one device. Used as they lie where a row of pixels is one run of
+            memory, copied first where not. For a result on a GPU they are on that GPU; or in pinned
+            memory, which the GPU reads itself, later, so they must stay as they are until it has;
+            or elsewhere in the host's memory, from where their crops are copied first. The other
+            arguments are on the host.
         lam: the weight of image i itself, 0 to 1: one number or (M,).
         partner: (M,) integers 0 to N - 1, the image that image i is mixed with; images from M on
             are partners only. None mixes nothing, and all N are put out.
@@ -61,19 +67,28 @@ def mixup(
         flips: (N,) booleans, which crops are mirrored left to right; None = none.
         mean, std: of pixels from 0 to 1, one number or (C,); the default maps bytes to -1 to 1.
         dtype: of the result, floating.
+        device: of the result, the CPU or a CUDA device; None = that of `out`, or of the images.
         out: (M, C, h, w), channels_last, of `dtype`: written and returned. None = a new tensor.
-        backend: None chooses; "cpp" or "reference" insists.
+        backend: None chooses; "cpp", "triton" or "reference" insists.
 
     Returns:
-        (M, C, h, w) in channels_last memory.
+        (M, C, h, w) in channels_last memory. On a GPU the work is put into the current stream's
+        queue, and nothing waits for it.
 
     Deterministic: the same images give the same bits, whatever the number of threads, which is
     torch's (torch.get_num_threads).
 
     Raises:
-        ValueError: an argument's shape, dtype or value is none of these.
+        ValueError: an argument's shape, dtype, device or value is none of these.
     """
-    images = [_array(image) for image in images] if _is_sequence(images) else _array(images)
+    device = _device(images, device, out)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; it must be a floating dtype")
+    chosen = choose_mixup(device, dtype, backend)
+    if chosen != "cpp":
+        images = _as_they_lie(images, device)
+    else:
+        images = [_array(image) for image in images] if _is_sequence(images) else _array(images)
     shapes = _check_images(images)
     channels = shapes[0][2]
     crop = tuple(shapes[0][:2]) if crop is None else tuple(crop)
@@ -88,11 +103,15 @@ def mixup(
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
         raise ValueError(f"mean is {mean} and std {std}; they must be finite, and std more than 0")
     corners, flips = _places(shapes, crop, corners, flips)
-    out = _output(out, (len(partner), channels, *crop), dtype)
-    if choose_mixup(out.device, dtype, backend) == "reference":
+    out = _output(out, (len(partner), channels, *crop), dtype, device)
+    if chosen == "reference":
         return out.copy_(
             reference.mixup(images, lam, partner, crop, corners, flips, mean, std, dtype)
         )
+    if chosen == "triton":
+        if any(isinstance(image, np.ndarray) for image in _each(images)):
+            images, corners = _crops(images, corners, crop, device), np.zeros_like(corners)
+        return gpu_kernels("mixup").forward(images, lam, partner, corners, flips, mean, std, out)
     _library.data.mixup(
         images,
         corners,
@@ -123,10 +142,37 @@ def _is_sequence(images: Images) -> bool:
     return isinstance(images, Sequence)
 
 
+def _each(images: Images) -> Sequence[np.ndarray | Tensor]:
+    """What of the images has memory of its own."""
+    return images if _is_sequence(images) else [images]
+
+
+def _device(images: Images, device: torch.device | str | None, out: Tensor | None) -> torch.device:
+    """Of the result."""
+    if device is not None:
+        name, device = "device is", torch.device(device)
+    elif out is not None:
+        name, device = "out is on", out.device
+    else:
+        name, first = "images are on", next(iter(images), None) if _is_sequence(images) else images
+        device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} {device}; it may be the CPU or a CUDA device")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{name} {device}, and PyTorch finds no GPU here")
+    return torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
 def _array(image: np.ndarray | Tensor) -> np.ndarray:
     if isinstance(image, Tensor):
         if image.device.type != "cpu":
-            raise ValueError(f"images are on {image.device}; they must be on the CPU")
+            raise ValueError(
+                f"images are on {image.device}; for a result on the CPU they must be there"
+            )
         image = image.numpy()
     elif not isinstance(image, np.ndarray):
         raise ValueError(f"images hold {type(image).__name__}; they may be NumPy arrays or tensors")
@@ -137,13 +183,51 @@ def _array(image: np.ndarray | Tensor) -> np.ndarray:
     return image
 
 
-def _check_images(images: np.ndarray | list[np.ndarray]) -> list[tuple[int, int, int]]:
+def _as_they_lie(images: Images, device: torch.device) -> Images:
+    """Tensors where `device` can read them, else arrays."""
+    if not _is_sequence(images):
+        return _as_it_lies(images, device)
+    images = [_as_it_lies(image, device) for image in images]
+    on = {str(image.device) if isinstance(image, Tensor) else "cpu" for image in images}
+    if len(on) > 1:
+        raise ValueError(f"images are on {' and '.join(sorted(on))}; all must be on one device")
+    return images
+
+
+def _as_it_lies(image: np.ndarray | Tensor, device: torch.device) -> np.ndarray | Tensor:
+    if not isinstance(image, Tensor):
+        return _array(image)
+    rows_are_runs = image.ndim < 3 or image.stride()[-2:] == (image.shape[-1], 1)
+    if image.device == device:
+        return image if rows_are_runs else image.contiguous()
+    if image.device.type != "cpu":
+        there = "on the CPU" if device.type == "cpu" else f"on {device}, or on the CPU"
+        raise ValueError(
+            f"images are on {image.device}; for a result on {device} they must be {there}"
+        )
+    return image if rows_are_runs and image.is_pinned() else _array(image)
+
+
+def _crops(
+    images: Images, corners: np.ndarray, crop: tuple[int, int], device: torch.device
+) -> Tensor:
+    """(N, h, w, C) on `device` of images that it can't read, by way of pinned memory."""
+    shape = len(images), *crop, images[0].shape[-1]
+    crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for place, image, (top, left) in zip(crops.numpy(), images, corners, strict=True):
+        place[:] = image[top : top + crop[0], left : left + crop[1]]
+    return crops.to(device, non_blocking=True)
+
+
+def _check_images(images: Images) -> list[tuple[int, int, int]]:
     """(H, W, C) of each image."""
-    whole = isinstance(images, np.ndarray)
+    whole = not _is_sequence(images)
     wanted = "(N, H, W, C)" if whole else "(H, W, C) each"
-    for image in [images] if whole else images:
-        if image.dtype != np.uint8 or image.ndim != (4 if whole else 3):
-            raise ValueError(f"images are {image.dtype} {image.shape}; they must be uint8 {wanted}")
+    for image in _each(images):
+        if image.dtype not in (np.uint8, torch.uint8) or image.ndim != (4 if whole else 3):
+            raise ValueError(
+                f"images are {image.dtype} {tuple(image.shape)}; they must be uint8 {wanted}"
+            )
     if len(images) == 0:
         raise ValueError("images are none; there must be at least 1")
     shapes = [images.shape[1:]] * len(images) if whole else [image.shape for image in images]
@@ -205,15 +289,15 @@ def _places(
     return np.ascontiguousarray(corners, dtype=np.int64), np.ascontiguousarray(flips)
 
 
-def _output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; it must be a floating dtype")
+def _output(
+    out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     if out is None:
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-    if out.shape != shape or out.dtype != dtype or out.device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    if out.shape != shape or out.dtype != dtype or out.device != device:
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be {dtype} {shape} "
-            "on the CPU"
+            f"on {device}"
         )
     if not out.permute(0, 2, 3, 1).is_contiguous() or out.requires_grad:
         raise ValueError("out must be contiguous in channels_last memory, and need no gradient")

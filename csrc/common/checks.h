@@ -19,8 +19,17 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whose tensors the library takes that this is compiled for.
+#ifdef BIT_KERNELS_CUDA
+constexpr const char* kDevice = "CUDA";
+inline bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+#else
+constexpr const char* kDevice = "CPU";
+inline bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+#endif
+
 inline Element element_of(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " is not on the CPU");
+  STD_TORCH_CHECK(is_here(tensor), op, ": ", name, " is not a ", kDevice, " tensor");
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Element::kFloat32;
     case ScalarType::BFloat16: return Element::kBFloat16;
@@ -28,7 +37,8 @@ inline Element element_of(const char* op, const char* name, const Tensor& tensor
     default: break;
   }
   STD_TORCH_CHECK(false, op, ": ", name,
-                  " has a dtype without a CPU kernel; it may be float32, bfloat16 or float16");
+                  " has a dtype without a ", kDevice,
+                  " kernel; it may be float32, bfloat16 or float16");
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& tensor,
@@ -41,16 +51,18 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor,
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == like.scalar_type(), op, ": ", name,
-                  " differs from the input in device or dtype");
+  STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == like.get_device_index() &&
+                      tensor.scalar_type() == like.scalar_type(),
+                  op, ": ", name, " differs from the input in device or dtype");
   check_shape(op, name, tensor, like);
 }
 
 inline void check_statistics(const char* op, const char* name, const Tensor& tensor,
-                             int64_t count) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float &&
+                             const Tensor& input, int64_t count) {
+  STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == input.get_device_index() &&
+                      tensor.scalar_type() == ScalarType::Float &&
                       tensor.is_contiguous() && tensor.numel() == count,
-                  op, ": ", name, " must be a contiguous float32 CPU tensor of ", count,
+                  op, ": ", name, " must be a contiguous float32 ", kDevice, " tensor of ", count,
                   " elements, as the forward returned it");
 }
 
@@ -98,6 +110,19 @@ inline Tensor empty_floats(std::vector<int64_t> size) {
   return torch::stable::empty(size, ScalarType::Float);
 }
 
+// What a (C,) parameter beside this input may be.
+inline void check_parameter(const char* op, const char* name, const Tensor& tensor,
+                            const Tensor& input) {
+  const int64_t count = input.size(1);
+  STD_TORCH_CHECK(is_here(tensor) && tensor.get_device_index() == input.get_device_index(), op,
+                  ": ", name, " is on another device than the input");
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == count, op, ": ", name,
+                  " must have shape (", count, ",)");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float ||
+                      tensor.scalar_type() == input.scalar_type(),
+                  op, ": ", name, " must be float32 or have the input's dtype");
+}
+
 // A vector of `count` floats from an optional parameter, which is float32 or of the input's dtype.
 class Parameter {
  public:
@@ -108,12 +133,7 @@ class Parameter {
       filled_.assign(count, otherwise);
       return;
     }
-    STD_TORCH_CHECK(tensor->is_cpu(), op, ": ", name, " is not on the CPU");
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == count, op, ": ", name,
-                    " must have shape (", count, ",)");
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float ||
-                        tensor->scalar_type() == input.scalar_type(),
-                    op, ": ", name, " must be float32 or have the input's dtype");
+    check_parameter(op, name, *tensor, input);
     tensor_ = tensor->scalar_type() == ScalarType::Float
                   ? *tensor
                   : torch::stable::to(*tensor, ScalarType::Float);

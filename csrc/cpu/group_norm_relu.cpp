@@ -29,8 +29,8 @@ GroupNormShape shape_of(const char* op, const Tensor& input, const Tensor& mean,
   STD_TORCH_CHECK(mean.dim() == 2, op, ": mean must have shape (N, num_groups)");
   const GroupNormShape shape =
       shape_of(op, input, mean.size(1), format != MemoryFormat::Contiguous, relu);
-  check_statistics(op, "mean", mean, shape.samples * shape.groups);
-  check_statistics(op, "rstd", rstd, shape.samples * shape.groups);
+  check_statistics(op, "mean", mean, input, shape.samples * shape.groups);
+  check_statistics(op, "rstd", rstd, input, shape.samples * shape.groups);
   return shape;
 }
 

@@ -56,8 +56,8 @@ Tensor standardize_weight_backward(const Tensor& grad_given, const Tensor& given
   const Element result = element_of(op, "grad_output", grad_given);
   check_results(op, element, result);
   check_shape(op, "grad_output", grad_given, given);
-  check_statistics(op, "mean", mean, shape.rows);
-  check_statistics(op, "rstd", rstd, shape.rows);
+  check_statistics(op, "mean", mean, given, shape.rows);
+  check_statistics(op, "rstd", rstd, given, shape.rows);
   const Tensor weight = torch::stable::contiguous(given, memory_format(given));
   const Tensor grad_output = torch::stable::contiguous(grad_given, memory_format(given));
   Tensor grad_weight = torch::stable::empty_like(weight);

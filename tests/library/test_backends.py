@@ -45,6 +45,21 @@ def test_small_tensors_stay_with_pytorch(monkeypatch):
     assert backends.choose("group_norm_relu", channels_last) == "cpp"
 
 
+def test_cuda_serves_who_asks_for_it():
+    x = torch.zeros(2, 4, 3)
+    with pytest.raises(ValueError, match="not written in CUDA C.., only group_norm_relu and sgd"):
+        backends.choose("standardize_weight", x, "cuda")
+    with pytest.raises(ValueError, match="can't serve bit_kernels.sgd.*device type 'cpu'"):
+        backends.choose("sgd", x, "cuda")
+    with pytest.raises(ValueError, match="'triton' can't serve.*device type 'cpu'"):
+        backends.choose("sgd", x, "triton")
+
+
+def test_old_gpus_are_told():
+    assert backends._why_not_capability((8, 0)) is backends._why_not_capability((12, 0)) is None
+    assert "8.0 and newer; this GPU has 7.5" in backends._why_not_capability((7, 5))
+
+
 def test_report():
     report = bit_kernels.backends()
     assert set(report) == {

@@ -24,7 +24,7 @@ from benchmarks import (
     timm_networks,
 )
 from benchmarks.ops import mixup
-from bit import checkpoint, models
+from bit import checkpoint, models, plan
 
 timm_only = pytest.mark.skipif(not timm_networks.installed(), reason="timm is not installed")
 
@@ -158,7 +158,7 @@ def test_saved_bytes_of_a_network_known_by_hand():
     # Images, the ReLU's result, its copy that the convolution keeps; log-softmax (2, 5) and the
     # cross-entropy's total weight.
     by_hand = x.nbytes + 2 * 4 * (2 * 8 * 36) + 4 * (2 * 5) + 4
-    assert saved == memory.Saved(activations=by_hand, weights=0, kept=0)
+    assert saved == plan.Saved(activations=by_hand, weights=0, kept=0)
 
 
 def test_saved_bytes_tells_weights_and_what_stays():

@@ -5,8 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from checking import DEVICE
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from bit_kernels.data import Indexed, Mixup, mixup_cross_entropy
 from bit_kernels.functional import mixup
@@ -211,6 +212,61 @@ def test_a_workers_batch_stays_valid_as_long_as_promised():
     alone = copies(loader(mix, Indexed(Pairs())))
     for (x, _), (expected, _) in zip(loader(mix, Indexed(Pairs()), 1), alone, strict=True):
         assert x.is_shared() and torch.equal(x, expected)
+
+
+# On a GPU
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs DEVICE=cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("place", ["resident", "pinned", "pageable"])
+@pytest.mark.parametrize("mode", ["batch", "pair"])
+def test_a_loader_without_workers_makes_the_same_batches_on_a_gpu(mode, place):
+    images, labels = torch.from_numpy(IMAGES), torch.from_numpy(LABELS)
+    there = {"resident": images.to(DEVICE), "pinned": images.pin_memory(), "pageable": images}
+    options = {"crop": 7, "mode": mode, "alpha": 1.0, "seed": 5}
+    expected = copies(loader(Mixup(**options), Indexed(TensorDataset(images, labels))))
+    mix = Mixup(**options, device=None if place == "resident" else DEVICE)
+    found = list(loader(mix, Indexed(TensorDataset(there[place], labels))))  # no buffers in turn
+    assert len(found) == len(expected)
+    for (x, targets), (y, others) in zip(found, expected, strict=True):
+        assert all(t.device.type == "cuda" for t in (x, *targets))
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-6, atol=1e-6)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(targets, others, strict=True))
+
+
+@on_gpu
+def test_nothing_waits_for_the_gpu():
+    images, labels = (torch.from_numpy(x).to(DEVICE) for x in (IMAGES, LABELS))
+    mix = Mixup(1.0, crop=7, seed=1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x, (a, b, lam) = mix((images, labels, np.arange(22)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    y, (c, d, weight) = Mixup(1.0, crop=7, seed=1)((IMAGES, LABELS, np.arange(22)))
+    torch.testing.assert_close(x.cpu(), y, rtol=1e-6, atol=1e-6)
+    assert torch.equal(a.cpu(), c) and torch.equal(b.cpu(), d) and torch.equal(lam.cpu(), weight)
+
+
+@on_gpu
+def test_indices_stay_on_the_host():
+    with pytest.raises(ValueError, match="indices are on cuda:0; they must be on the CPU"):
+        Mixup()((IMAGES, LABELS, torch.arange(22, device=DEVICE)))
+
+
+def test_workers_leave_the_gpu_alone():
+    batches = loader(Mixup(device="cuda"), Pairs(), 1, multiprocessing_context="fork")
+    with pytest.raises(RuntimeError, match="make a batch on cuda in a worker process"):
+        next(iter(batches))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is cuda, and PyTorch finds no GPU here"):
+        Mixup(device="cuda")((IMAGES, LABELS))
 
 
 # Loss

@@ -252,6 +252,21 @@ def test_changed_weights_are_noticed(change):
     assert_same_weights(model, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_restandardize_is_what_a_forward_does_by_itself(monkeypatch):
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1, model=model)
+    train(model, optimizer, 1)
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn_like(model[0].weight))
+    place = model[0]._kept.standardized
+    optimizer.restandardize()
+    assert model[0]._kept.standardized is place  # where a captured graph reads it
+    expected = copy.deepcopy(model)(x := next(batches(1))[0])
+    monkeypatch.setattr("bit_kernels.functional.standardize_weight", None)  # nothing is left to do
+    assert torch.equal(model(x), expected)
+    optimizer.restandardize()
+
+
 def test_double_network():
     """A network cast after the optimizer was made goes on in the new dtype."""
     model = network()

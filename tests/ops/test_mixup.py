@@ -1,4 +1,4 @@
-"""mixup: the kernel against plain float64 code, and what it does with memory and arguments."""
+"""mixup: every backend against plain float64 code, and what it does with memory and arguments."""
 
 import functools
 import multiprocessing
@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from checking import DTYPES, assert_as_good
+from checking import BACKEND, DEVICE, DTYPES, assert_as_good, of_the_cpu
 
-from bit_kernels import _library
+from bit_kernels import _library, backends
 from bit_kernels.functional import mixup
 
 # Why each is here: (N, H, W, C) and the crop.
@@ -27,8 +27,16 @@ SAMPLES = {
     "streamed": ((8, 130, 131, 3), (128, 127)),  # 1.5 MB of float32, rows not of whole lines
     "streamed_half": ((16, 130, 131, 3), (128, 127)),
 }
-fused = functools.partial(mixup, backend="cpp")
 plain = functools.partial(mixup, backend="reference")
+
+
+def fused(images, **options):
+    return mixup(images, **options, device=DEVICE, backend=BACKEND).cpu()
+
+
+def placed(images):
+    """Where the backend reads images as they lie; elsewhere, as arrays, a GPU has them copied."""
+    return images if BACKEND == "cpp" else torch.from_numpy(images).to(DEVICE)
 
 
 def make(sample):
@@ -53,7 +61,7 @@ def make(sample):
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_matches_reference(sample, dtype):
     images, options = make(sample)
-    ours = fused(images, **options, dtype=dtype)
+    ours = fused(placed(images), **options, dtype=dtype)
     theirs = plain(images, **options, dtype=dtype)
     truth = plain(images, **options, dtype=torch.float64)
     assert_as_good(["output"], [ours], [theirs], [truth])
@@ -81,7 +89,9 @@ def test_one_lam_and_partners(lam, partner):
     images, options = make("two")
     options |= {"lam": lam, "partner": partner}
     truth = plain(images, **options, dtype=torch.float64)
-    assert_as_good(["output"], [fused(images, **options)], [plain(images, **options)], [truth])
+    assert_as_good(
+        ["output"], [fused(placed(images), **options)], [plain(images, **options)], [truth]
+    )
 
 
 def test_defaults_are_the_whole_image_from_minus_one_to_one():
@@ -101,13 +111,23 @@ def test_images_past_the_outputs_are_partners_only():
     assert torch.equal(both, fused(images, **options)[:2])
 
 
+def nhwc(planes):
+    return planes.contiguous().permute(0, 2, 3, 1)
+
+
+def part(images):
+    """The images again, cut from a larger tensor: their rows and they themselves lie apart."""
+    n, h, w, c = images.shape
+    larger = images.new_full((n + 2, h + 5, w + 9, c), 77)
+    larger[1:-1, 2 : h + 2, 4 : w + 4] = images
+    return larger[1:-1, 2 : h + 2, 4 : w + 4]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "view",
     {
-        "tensor": torch.from_numpy,
         "list": list,
-        "tensors": lambda x: list(torch.from_numpy(x)),
         "read_only": lambda x: np.frombuffer(x.tobytes(), np.uint8).reshape(x.shape),
         "upside_down": lambda x: np.ascontiguousarray(x[:, ::-1])[:, ::-1],
         "mirrored": lambda x: np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1],
@@ -116,6 +136,13 @@ def test_images_past_the_outputs_are_partners_only():
         "some_channels": lambda x: np.pad(x, ((0, 0), (0, 0), (0, 0), (1, 2)))[..., 1:-2],
         "every_other": lambda x: x.repeat(2, axis=0)[::2],
         "backwards": lambda x: np.ascontiguousarray(x[::-1])[::-1],
+        "tensor": lambda x: torch.from_numpy(x).to(DEVICE),
+        "tensors": lambda x: list(torch.from_numpy(x).to(DEVICE)),
+        "tensor_of_planes": lambda x: nhwc(torch.from_numpy(x).to(DEVICE).permute(0, 3, 1, 2)),
+        "part_of_tensor": lambda x: part(torch.from_numpy(x).to(DEVICE)),
+        "parts_of_tensors": lambda x: list(part(torch.from_numpy(x).to(DEVICE))),
+        "every_other_of_tensor": lambda x: torch.from_numpy(x.repeat(2, axis=0)).to(DEVICE)[::2],
+        "arrays_and_tensors": lambda x: [x[0], *torch.from_numpy(x[1:])],
     }.items(),
     ids=lambda item: item[0],
 )
@@ -125,21 +152,44 @@ def test_images_as_they_lie(view, dtype):
     assert torch.equal(fused(viewed, **options, dtype=dtype), fused(images, **options, dtype=dtype))
 
 
-def test_images_of_different_sizes():
+@pytest.mark.parametrize("place", [np.asarray, placed], ids=["arrays", "placed"])
+def test_images_of_different_sizes(place):
     rng = np.random.default_rng(0)
     sizes = [(9, 12), (8, 7), (20, 6)]
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     options = {"lam": 0.4, "partner": [1, 2, 0], "crop": (8, 6), "flips": [True, False, True]}
     truth = plain(images, **options, dtype=torch.float64)
-    assert_as_good(["output"], [fused(images, **options)], [plain(images, **options)], [truth])
+    ours = fused([place(image) for image in images], **options)
+    assert_as_good(["output"], [ours], [plain(images, **options)], [truth])
+
+
+def test_images_of_more_bytes_than_32_bits_count():
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    images = torch.empty(2, 40000, 18000, 3, dtype=torch.uint8, device=DEVICE)  # 4.3 GB untouched
+    images[:, -4:, -5:] = torch.arange(120, device=DEVICE).reshape(2, 4, 5, 3)
+    corners = [[39996, 17995]] * 2
+    small, options = images[:, -4:, -5:].cpu(), {"lam": 0.3, "partner": [1, 0]}
+    ours = fused(images, **options, crop=(4, 5), corners=corners, flips=[False, True])
+    assert torch.equal(ours, fused(small, **options, flips=[False, True]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reference_serves_images_where_they_are(dtype):
+    images, options = make("odd")
+    there = torch.from_numpy(images).to(DEVICE)
+    result = plain(there, **options, dtype=dtype)
+    assert result.device == there.device
+    torch.testing.assert_close(result.cpu(), plain(images, **options, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_out(dtype):
     images, options = make("odd")
-    buffer = torch.full((5, 11, 13, 3), float("nan"), dtype=dtype).permute(0, 3, 1, 2)
-    result = mixup(images, **options, dtype=dtype, out=buffer)
-    assert result is buffer and torch.equal(buffer, mixup(images, **options, dtype=dtype))
+    buffer = torch.full((5, 11, 13, 3), float("nan"), dtype=dtype, device=DEVICE)
+    out = buffer.permute(0, 3, 1, 2)
+    result = mixup(images, **options, dtype=dtype, out=out)
+    expected = mixup(images, **options, dtype=dtype, device=DEVICE)
+    assert result is out and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 7])
@@ -147,13 +197,14 @@ def test_out(dtype):
 def test_nothing_is_written_around_the_output(dtype, offset):
     images, options = make("streamed_half")
     shape = (16, 128, 127, 3)
-    room = torch.full((np.prod(shape) + 32,), float("nan"), dtype=dtype)
+    room = torch.full((np.prod(shape) + 32,), float("nan"), dtype=dtype, device=DEVICE)
     out = room[offset : offset + np.prod(shape)].view(shape).permute(0, 3, 1, 2)
     fused(images, **options, dtype=dtype, out=out)
     assert out.isfinite().all()
     assert room[:offset].isnan().all() and room[offset + np.prod(shape) :].isnan().all()
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_number_of_threads(dtype):
     images, options = make("streamed")
@@ -164,6 +215,7 @@ def test_same_bits_for_any_number_of_threads(dtype):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@of_the_cpu
 def test_called_by_several_threads_at_once():
     images, options = make("streamed")
     expected, found = fused(images, **options), {}
@@ -179,6 +231,7 @@ def test_called_by_several_threads_at_once():
     assert found == dict.fromkeys(range(4), True)
 
 
+@of_the_cpu
 def test_forked_process_does_not_wait_for_threads_it_lacks():
     images, options = make("streamed")
     torch.set_num_threads(2)
@@ -205,7 +258,7 @@ def test_empty():
 IMAGES = np.zeros((3, 8, 9, 3), np.uint8)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -240,20 +293,39 @@ IMAGES = np.zeros((3, 8, 9, 3), np.uint8)
         ({"out": torch.zeros(3, 3, 6, 9)}, r"out is torch.float32 \(3, 3, 6, 9\).*\(3, 3, 6, 6\)"),
         ({"out": torch.zeros(3, 3, 6, 6)}, "out must be contiguous in channels_last memory"),
         ({"out": torch.zeros(3, 3, 6, 6).double()}, "out is torch.float64"),
+        ({"device": "meta"}, "device is meta; it may be the CPU or a CUDA device"),
+        ({"out": torch.zeros(3, 3, 6, 6, device="meta"), "device": None}, "out is on meta"),
+        ({"images": torch.zeros(3, 8, 9, 3, device="meta"), "device": None}, "images are on meta"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_refuses(change, message, backend):
-    options = {"images": IMAGES, "crop": (6, 6), "backend": backend}
+    options = {"images": IMAGES, "crop": (6, 6), "device": DEVICE, "backend": backend} | change
+    if "out" in change and change["out"].device.type == "cpu":
+        options["out"] = change["out"].to(DEVICE)
     with pytest.raises(ValueError, match=message):
-        mixup(**options | change)
+        mixup(**options)
+
+
+def test_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is cuda:1, and PyTorch finds no GPU here"):
+        mixup(IMAGES, device="cuda:1")
 
 
 def test_insisting_on_a_kernel_that_can_not_serve():
-    with pytest.raises(ValueError, match="backend 'cpp' can't serve bit_kernels.mixup.*float64"):
+    message = f"backend '{BACKEND}' can't serve bit_kernels.mixup.*float64"
+    with pytest.raises(ValueError, match=message):
         fused(IMAGES, dtype=torch.float64)
-    with pytest.raises(ValueError, match="backend is 'cuda'; it may be None or one of"):
-        mixup(IMAGES, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'mkl'; it may be None or one of"):
+        mixup(IMAGES, backend="mkl")
+    other = "cpp" if BACKEND == "triton" else "triton"
+    with pytest.raises(ValueError, match=f"backend '{other}' can't serve bit_kernels.mixup"):
+        mixup(IMAGES, device=DEVICE, backend=other)
+
+
+def test_report_names_the_backend():
+    assert backends()["mixup"][f"{DEVICE} float16"].startswith(BACKEND)
 
 
 def native_arguments():
@@ -273,6 +345,7 @@ def native_arguments():
     }
 
 
+@of_the_cpu
 @pytest.mark.parametrize(
     "change",
     [

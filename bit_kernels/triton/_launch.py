@@ -35,7 +35,13 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel, grid: tuple[int, ...], *args, num_warps: int = 4, contract: bool = True, **constexprs
+    kernel,
+    grid: tuple[int, ...],
+    *args,
+    num_warps: int = 4,
+    contract: bool = True,
+    registers: int | None = None,
+    **constexprs,
 ) -> None:
     """kernel[grid](*args, **constexprs) on the device of the first tensor and its current stream.
 
@@ -44,10 +50,13 @@ def launch(
     num_warps: of 32 threads, for each program.
     contract: whether the compiler may make one operation of a product and a sum. Without it the
         source says every rounding.
+    registers: the most that a thread may have, on NVIDIA's GPUs; None leaves it to the assembler.
     """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "enable_fp_fusion": contract}
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     noted = _noted.get()
     if noted is not None:
         noted.append(Launch(kernel, grid, args, constexprs, options))

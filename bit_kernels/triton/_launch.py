@@ -41,6 +41,7 @@ def launch(
     num_warps: int = 4,
     num_stages: int | None = None,
     contract: bool = True,
+    registers: int | None = None,
     **constexprs,
 ) -> None:
     """kernel[grid](*args, **constexprs) on the device of the first tensor and its current stream.
@@ -51,6 +52,7 @@ def launch(
     num_stages: of the pipelines that loops load with; Triton's default if None.
     contract: whether the compiler may make one operation of a product and a sum. Without it the
         source says every rounding.
+    registers: the most that a thread may have, on NVIDIA's GPUs; None leaves it to the assembler.
     """
     if 0 in grid:
         return
@@ -59,6 +61,8 @@ def launch(
         options["num_stages"] = num_stages
     if not contract:
         options["enable_fp_fusion"] = False
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     noted = _noted.get()
     if noted is not None:
         noted.append(Launch(kernel, grid, args, constexprs, options))

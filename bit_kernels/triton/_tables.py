@@ -98,9 +98,15 @@ class Tile(NamedTuple):
     BK: int
     WHOLE: bool  # a tile has whole rows
 
-    @property
-    def num_warps(self) -> int:
-        return min(16, max(4, self.BR * self.BK // (32 * _PER_THREAD)))
+    def options(self, align: int) -> dict[str, int | bool]:
+        """Of the launch.
+
+        Registers are bounded by what the tile takes: left to itself, the assembler may spill one for
+        an occupancy that it prefers. Unaligned elements are masked one by one, which takes more.
+        """
+        warps = min(16, max(4, self.BR * self.BK // (32 * _PER_THREAD)))
+        fits = align > 1 and self.BR * self.BK <= 32 * _PER_THREAD * warps
+        return dict(num_warps=warps, registers=64 if fits else 128, contract=False)
 
     @classmethod
     def of(cls, columns: int) -> "Tile":
@@ -114,8 +120,8 @@ class Group(NamedTuple):
     shapes: Tensor
     tensors: int
     programs: int
-    tile: Tile
     constexprs: dict[str, int]  # BR, BK, WHOLE, WIDTH, ALIGN
+    options: dict[str, int | bool]  # of the launch
 
 
 class Table(NamedTuple):
@@ -213,13 +219,13 @@ def _groups(
         for field in fields:
             values += field + [_NOT_YET] * (width - len(members))
         constexprs = dict(tile._asdict(), WIDTH=width, ALIGN=align)
-        made.append((len(members), programs, tile, constexprs))
+        made.append((len(members), programs, constexprs, tile.options(align)))
     uploaded, source = _upload(values, device)
     groups, at = [], 0
-    for group in made:
-        size = _FIELDS * group[-1]["WIDTH"]
-        groups.append(Group(uploaded[at : at + size], *group))
-        at += size
+    for tensors, programs, constexprs, options in made:
+        end = at + _FIELDS * constexprs["WIDTH"]
+        groups.append(Group(uploaded[at:end], tensors, programs, constexprs, options))
+        at = end
     return groups, source
 
 

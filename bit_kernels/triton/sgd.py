@@ -274,7 +274,7 @@ def _launch_groups(kernel, table: Table, *args, **constexprs) -> None:
     for group in table.groups:
         launch(
             kernel, (group.programs,), table.pointers, group.shapes, *args,
-            **constexprs, **group.constexprs, num_warps=group.tile.num_warps, contract=False,
+            **constexprs, **group.constexprs, **group.options,
         )  # fmt: skip
 
 

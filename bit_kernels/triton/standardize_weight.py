@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bit_kernels.triton import _rows, _tables
 from bit_kernels.triton._launch import ceil_div, launch
-from bit_kernels.triton._tables import TYPES, Tile, lay_out, rows_of
+from bit_kernels.triton._tables import TYPES, Tile, alignment, lay_out, rows_of
 
 # ---- one tile of rows
 
@@ -70,26 +70,28 @@ def _standardize_backward(
 @triton.jit
 def _forward_kernel(
     weight, output, mean, rstd, rows, columns, eps,
-    BR: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    columns = _tables.aligned(tl.cast(columns, tl.int32), ALIGN)
     row = tl.program_id(0).to(tl.int64) * BR
     start = row * columns
     _standardize(
         weight + start, output + start, mean + row, rstd + row, rows - row,
-        tl.cast(columns, tl.int32), eps, BR, BK, WHOLE,
+        columns, eps, BR, BK, WHOLE,
     )  # fmt: skip
 
 
 @triton.jit
 def _backward_kernel(
     grad_output, weight, mean, rstd, grad_weight, rows, columns,
-    BR: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    columns = _tables.aligned(tl.cast(columns, tl.int32), ALIGN)
     row = tl.program_id(0).to(tl.int64) * BR
     start = row * columns
     _standardize_backward(
         grad_output + start, weight + start, mean + row, rstd + row, grad_weight + start,
-        rows - row, tl.cast(columns, tl.int32), BR, BK, WHOLE,
+        rows - row, columns, BR, BK, WHOLE,
     )  # fmt: skip
 
 
@@ -139,11 +141,11 @@ def forward(
     output = torch.empty_like(weight, dtype=dtype)
     rows, columns = rows_of(weight)
     mean, rstd = _empty_statistics([weight])
-    tile = Tile.of(columns)
+    tile, align = Tile.of(columns), alignment(columns, [weight, output])
     launch(
         _forward_kernel, (ceil_div(rows, tile.BR) if columns else 0,),
         weight, output, mean, rstd, rows, columns, eps,
-        **tile._asdict(), num_warps=tile.num_warps, contract=False,
+        **tile._asdict(), ALIGN=align, **tile.options(align),
     )  # fmt: skip
     return output, mean, rstd
 
@@ -153,11 +155,11 @@ def backward(grad_output: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) ->
     grad_output, weight = lay_out(grad_output, weight), lay_out(weight, weight)
     grad_weight = torch.empty_like(weight)
     rows, columns = rows_of(weight)
-    tile = Tile.of(columns)
+    tile, align = Tile.of(columns), alignment(columns, [grad_output, weight])
     launch(
         _backward_kernel, (ceil_div(rows, tile.BR) if columns else 0,),
         grad_output, weight, mean, rstd, grad_weight, rows, columns,
-        **tile._asdict(), num_warps=tile.num_warps, contract=False,
+        **tile._asdict(), ALIGN=align, **tile.options(align),
     )  # fmt: skip
     return grad_weight
 
@@ -175,7 +177,7 @@ def forward_many(
             _forward_many_kernel, (group.programs,),
             table.pointers, group.shapes, mean, rstd, eps,
             WEIGHT=TYPES[weights[0].dtype], OUTPUT=TYPES[outputs[0].dtype],
-            **group.constexprs, num_warps=group.tile.num_warps, contract=False,
+            **group.constexprs, **group.options,
         )  # fmt: skip
     return outputs, mean, rstd
 
@@ -193,7 +195,7 @@ def backward_many(
             _backward_many_kernel, (group.programs,),
             table.pointers, group.shapes, mean, rstd,
             GRAD=TYPES[grad_outputs[0].dtype], WEIGHT=TYPES[weights[0].dtype],
-            **group.constexprs, num_warps=group.tile.num_warps, contract=False,
+            **group.constexprs, **group.options,
         )  # fmt: skip
     return grad_weights
 

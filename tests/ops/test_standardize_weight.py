@@ -5,10 +5,13 @@ import functools
 import pytest
 import torch
 from checking import (
+    BACKEND,
+    DEVICE,
     DTYPES,
     LAYOUTS,
     assert_as_good,
     leave_small_tensors_to_pytorch,
+    of_the_cpu,
     to_float64,
     with_gradients,
 )
@@ -27,14 +30,15 @@ SAMPLES = {
     "parallel": (96, 64, 3, 3),  # 55296 elements
 }
 NAMES = ["output", "grad_weight"]
-fused = functools.partial(standardize_weight, backend="cpp")
+fused = functools.partial(standardize_weight, backend=BACKEND)
 
 
 def make(shape, dtype, layout="contiguous"):
     random = torch.Generator().manual_seed(0)
     # Kernels as small as trained ones, off centre.
     weight = torch.randn(shape, generator=random) * 0.02 + 0.01
-    return LAYOUTS[layout](weight.to(dtype)), torch.randn(shape, generator=random).to(dtype)
+    grad = torch.randn(shape, generator=random)
+    return LAYOUTS[layout](weight.to(DEVICE, dtype)), grad.to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,24 +73,25 @@ def test_linear_and_other_convolutions(shape):
 
 
 def test_eps_is_inside_the_root():
-    weight = torch.tensor([[1.0, -1.0], [3.0, 3.0]])
-    expected = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    weight = torch.tensor([[1.0, -1.0], [3.0, 3.0]], device=DEVICE)
+    expected = torch.tensor([[0.5, -0.5], [0.0, 0.0]], device=DEVICE)
     assert torch.allclose(fused(weight, 3.0), expected)
 
 
 def test_mean_far_from_zero():
-    weight = torch.randn(4, 600, generator=torch.Generator().manual_seed(0)) + 1000
+    weight = torch.randn(4, 600, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1000
     truth = reference.standardize_weight(weight.double())
     assert (fused(weight).double() - truth).abs().max() < 5e-4
 
 
 def test_constant_kernel_has_no_gradient():
-    weight = torch.full((2, 8), 0.25, requires_grad=True)
+    weight = torch.full((2, 8), 0.25, requires_grad=True, device=DEVICE)
     output = fused(weight)
     output.backward(torch.ones_like(output))
     assert not output.any() and not weight.grad.any()
 
 
+@of_the_cpu
 def test_same_bits_for_any_number_of_threads():
     weight, grad = make((96, 64, 3, 3), torch.float32)
     results = []
@@ -135,7 +140,7 @@ def test_second_gradient():
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (4, 0, 3, 3), (0, 0)], ids=str)
 def test_empty(shape):
-    weight = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(shape, requires_grad=True, device=DEVICE)
     output = fused(weight)
     output.sum().backward()
     assert output.shape == weight.grad.shape == shape
@@ -144,8 +149,8 @@ def test_empty(shape):
 @pytest.mark.parametrize(
     "weight, message",
     [
-        (torch.zeros(3, 3, dtype=torch.int32), "dtype torch.int32"),
-        (torch.zeros(3), r"shape \(3,\); it must be \(C_out, C_in, \*kernel\)"),
+        (torch.zeros(3, 3, dtype=torch.int32, device=DEVICE), "dtype torch.int32"),
+        (torch.zeros(3, device=DEVICE), r"shape \(3,\); it must be \(C_out, C_in, \*kernel\)"),
     ],
 )
 @pytest.mark.parametrize("small_elements", [0, 1000])
@@ -157,8 +162,84 @@ def test_refuses(weight, message, small_elements, monkeypatch):
 
 
 def test_insisting_on_a_kernel_that_can_not_serve():
-    with pytest.raises(ValueError, match="backend 'cpp' can't serve.*'meta'"):
-        standardize_weight(torch.zeros(3, 3, device="meta"), backend="cpp")
+    with pytest.raises(ValueError, match=f"backend '{BACKEND}' can't serve.*'meta'"):
+        standardize_weight(torch.zeros(3, 3, device="meta"), backend=BACKEND)
+
+
+def test_the_op_itself_refuses():
+    weight, grad = make((6, 5), torch.float32)
+    with pytest.raises((RuntimeError, ValueError), match="weight must have at least 2|shape"):
+        torch.ops.bit_kernels.standardize_weight(weight[0], 1e-10)
+    mean, rstd = torch.ops.bit_kernels.standardize_weight(weight, 1e-10)[1:]
+    backward = torch.ops.bit_kernels.standardize_weight_backward
+    for arguments, name in [
+        ((grad[:4], weight, mean, rstd), "grad_output"),
+        ((grad, weight, mean[:2], rstd), "mean"),
+        ((grad, weight, mean, rstd.double()), "rstd"),
+    ]:
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            backward(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_many_weights_are_each_standardized(dtype):
+    shapes = [*SAMPLES.values(), (6, 20), (1, 1), (2, 3, 1, 1)]
+    weights = [make(shape, torch.float32)[0].requires_grad_() for shape in shapes]
+    weights[2] = LAYOUTS["channels_last"](weights[2].detach()).requires_grad_()
+    weights[6] = LAYOUTS["slice"](weights[6].detach()).requires_grad_()
+    grads = [make(shape, dtype or torch.float32)[1] for shape in shapes]
+    together = standardize_weight(weights, 1e-6, dtype=dtype, backend=BACKEND)
+    made = torch.autograd.grad(together, weights, grads)
+    with torch.no_grad():
+        again = standardize_weight(weights, 1e-6, dtype=dtype, backend=BACKEND)
+    for weight, output, same, grad, grad_weight in zip(
+        weights, together, again, grads, made, strict=True
+    ):
+        alone = fused(weight, 1e-6, dtype=dtype)
+        (right,) = torch.autograd.grad(alone, weight, grad)
+        assert torch.equal(output, alone) and torch.equal(same, alone)
+        assert torch.equal(grad_weight, right)
+        assert output.stride() == alone.stride() and grad_weight.stride() == right.stride()
+
+
+def test_many_weights_of_which_few_have_a_gradient():
+    weights = [make(shape, torch.float32)[0] for shape in [(3, 5), (4, 2, 3, 3), (7, 6), (2, 9)]]
+    weights[1].requires_grad_()
+    weights[2].requires_grad_()
+    outputs = standardize_weight(weights, backend=BACKEND)
+    outputs[2].pow(3).sum().backward()
+    alone = weights[2].detach().requires_grad_()
+    fused(alone).pow(3).sum().backward()
+    assert torch.equal(weights[2].grad, alone.grad)
+    assert weights[1].grad is None and weights[0].grad is None
+
+
+def test_second_gradient_of_many_weights():
+    leaves = [(make(shape, torch.float32)[0] * 50).requires_grad_() for shape in [(3, 5), (2, 7)]]
+    grad = [make(leaf.shape, torch.float32)[1] for leaf in leaves]
+    second = []
+    for function in (
+        lambda: standardize_weight(leaves, backend=BACKEND),
+        lambda: [reference.standardize_weight(leaf) for leaf in leaves],
+    ):
+        first = torch.autograd.grad(function(), leaves, grad, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves))
+    for ours, right in zip(*second, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4)
+
+
+def test_many_weights_compile_and_refuse():
+    weights = [make(shape, torch.float32)[0] for shape in [(3, 5), (4, 2, 3, 3)]]
+    compiled = torch.compile(
+        lambda ws: standardize_weight(ws, backend=BACKEND), fullgraph=True, backend="aot_eager"
+    )
+    for a, b in zip(compiled(weights), standardize_weight(weights, backend=BACKEND), strict=True):
+        assert torch.equal(a, b)
+    assert standardize_weight([]) == []
+    with pytest.raises(ValueError, match="weight has torch.float64 on .* beside torch.float32"):
+        standardize_weight([weights[0], weights[1].double()])
+    with pytest.raises(ValueError, match=r"weight has shape \(5,\); it must be \(C_out"):
+        standardize_weight([weights[0], weights[0][0]])
 
 
 def test_plain_op_matches_kernel():

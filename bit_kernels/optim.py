@@ -37,9 +37,10 @@ class SGD(torch.optim.Optimizer):
     plain weights.
 
     Args:
-        params: tensors or parameter groups, dense and of real dtypes. float32 on the CPU runs on
-            the kernel, everything else as plain PyTorch.
-        lr: learning rate; a number or a tensor of one element.
+        params: tensors or parameter groups, dense and of real dtypes. float32 runs on kernels,
+            everything else as plain PyTorch.
+        lr: learning rate; a number or a tensor of one element, which is read on the GPU if it is
+            there: a CUDA graph of the step follows it.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         model: whose StdConv2d layers with weights among `params` take them standardized from here.
         decay: which tensors weight decay reaches: "kernels" those of two and more dimensions, "all"
@@ -205,7 +206,7 @@ class SGD(torch.optim.Optimizer):
             [p.grad for p in params],
             momenta,
             [weight.place() for weight in kept],
-            lr=float(group["lr"]),
+            lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=float(group["weight_decay"]) if treatment.decays else 0.0,
@@ -256,8 +257,9 @@ class SGD(torch.optim.Optimizer):
         self._check_ownership()
         norm_type = float(norm_type)
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        deferred = [p for p in params if self._is_deferred(p)]
         norms = []
-        for (_, _, eps), alike in self._deferred().items():
+        for (_, _, eps), alike in self._alike(deferred).items():
             norms += gradient_norms(alike, [p.grad for p in alike], eps, norm_type)
         plain = [p.grad for p in params if not self._is_deferred(p)]
         if plain or not norms:
@@ -281,18 +283,18 @@ class SGD(torch.optim.Optimizer):
         `zero_grad`, raises RuntimeError.
         """
         self._check_ownership()
-        for (_, _, eps), params in self._deferred().items():
-            guards = [self._guard(p) for p in params]
-            project_gradients(params, [p.grad for p in params], eps)
-            self._projected |= zip(params, guards, strict=True)
+        pending = [p for p in self._kept if p.grad is not None and self._is_deferred(p)]
+        for (_, _, eps), alike in self._alike(pending).items():
+            guards = [self._guard(p) for p in alike]
+            project_gradients(alike, [p.grad for p in alike], eps)
+            self._projected.update(zip(alike, guards, strict=True))
 
-    def _deferred(self) -> dict[tuple, list[Tensor]]:
-        """Parameters whose gradients are those of the standardized form, by dtype, device, eps."""
-        alike: dict[tuple, list[Tensor]] = {}
-        for p, weight in self._kept.items():
-            if p.grad is not None and self._is_deferred(p):
-                alike.setdefault((p.dtype, p.device, weight.eps), []).append(p)
-        return alike
+    def _alike(self, params: list[Tensor]) -> dict[tuple, list[Tensor]]:
+        """Parameters with kept weights that the ops take together: by dtype, device and eps."""
+        found: dict[tuple, list[Tensor]] = {}
+        for p in params:
+            found.setdefault((p.dtype, p.device, self._kept[p].eps), []).append(p)
+        return found
 
     def _is_deferred(self, p: Tensor) -> bool:
         """Whether the gradient of `p` is that of its standardized form."""

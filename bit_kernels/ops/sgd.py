@@ -14,8 +14,8 @@ mean and rstd = 1 / sqrt(var + eps) are those of standardize_weight, for each ou
 Memory passes: read g, w and m, write w, m and wh, nothing more. The projection is the backward of
 standardization, and linear: gradients may be summed, over micro-batches or machines, before it.
 
-Implementations, of float32 weights: csrc/cpu/sgd.cpp, bit_kernels/triton/sgd.py, csrc/cuda/sgd.cu;
-of all: bit_kernels/reference.py.
+Implementations (float32 weights): csrc/cpu/sgd.cpp, bit_kernels/triton/sgd.py, csrc/cuda/sgd.cu; else
+bit_kernels/reference.py.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def sgd(
     momenta: Sequence[Tensor] = (),
     standardized: Sequence[Tensor] = (),
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -70,14 +70,16 @@ def sgd(
         momenta: for each weight its momentum, likewise; read and written if `momentum` isn't 0.
         standardized: empty, or for each weight (C_out, C_in, *kernel) its standardized form, which
             is written: of its shape, and all of one floating dtype.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: torch.optim.SGD's.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: torch.optim.SGD's. lr may be a
+            tensor of one element; Triton's kernels read one on the weights' GPU there, so that a CUDA
+            graph of the step follows it, and nobody waits.
         fresh: `momenta` hold nothing yet and become the gradients.
         project: the gradients are those of the standardized weights.
         eps: of the standardization.
         backend: None chooses; "cpp", "triton", "cuda" or "reference" insists.
 
     Deterministic: the same input gives the same bits, whatever the number of threads, and
-    `standardized` those of standardize_weight(weight, eps) by the same backend ("cpp" or "triton").
+    `standardized` those of standardize_weight(weight, eps) with the same backend, "cpp" or "triton".
 
     Raises:
         ValueError: the lists, shapes, dtypes or devices don't fit; nothing was written.
@@ -85,51 +87,34 @@ def sgd(
     if not weights:
         return
     _check(weights, grads, momenta if momentum != 0 else None, standardized, project)
-    options = lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, project, eps
     served_by = choose("sgd", weights[0], backend)
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(
+                f"lr is a tensor of {lr.numel()} elements; it may be a number or have one"
+            )
+        there = served_by == "triton" and lr.device == weights[0].device
+        if not there or torch.compiler.is_compiling():
+            lr = float(lr)
+    options = lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, project, eps
     if served_by == "reference":
         _plain(weights, grads, momenta, standardized, *options)
         return
-    step = _STEPS[served_by]
-    step(weights, grads, momenta if momentum != 0 else [], standardized, *options)
+    momenta = momenta if momentum != 0 else []
+    if served_by == "triton" and not torch.compiler.is_compiling():
+        _check_kernels(weights, standardized)
+        gpu_kernels("sgd").step(weights, grads, momenta, standardized, *options)
+    else:
+        op = _cuda.sgd if served_by == "cuda" else _op
+        op(weights, grads, momenta, standardized, *options)
     # Autograd then notices a backward that needs what was here before.
     torch.autograd.graph.increment_version([*weights, *standardized])
-
-
-def _gpu_step(weights, grads, momenta, standardized, *options):
-    if standardized and standardized[0].dtype == torch.float64:
-        raise ValueError(
-            "standardized has torch.float64; on a GPU it may be torch.float32, torch.bfloat16 or "
-            "torch.float16"
-        )
-    gpu_kernels("sgd").step(weights, grads, momenta, standardized, *options)
-
-
-def _gpu_norms(weights, grads, eps):
-    return gpu_kernels("sgd").gradient_norms(weights, grads, eps)
-
-
-# The ops themselves may be called by anybody.
-
-
-def _gpu_checked_step(weights, grads, momenta, standardized, *options):
-    momentum, project = options[1], options[7]
-    _check(weights, grads, momenta if momentum != 0 else None, standardized, project)
-    _gpu_step(weights, grads, momenta if momentum != 0 else [], standardized, *options)
-
-
-def _gpu_checked_norms(weights, grads, eps):
-    _check(weights, grads, None, weights, True)
-    return _gpu_norms(weights, grads, eps)
-
-
-_STEPS = {"cpp": _op, "triton": _gpu_step, "cuda": _cuda.sgd}
 
 
 def project_gradients(
     weights: Sequence[Tensor], grads: Sequence[Tensor], eps: float = 1e-10
 ) -> None:
-    """Makes gradients of standardized weights those of the raw ones, in place.
+    """Makes the gradients of standardized weights those of the raw ones, in place.
 
     Args:
         weights, grads, eps: as in `sgd` with project.
@@ -139,9 +124,10 @@ def project_gradients(
     _check(weights, grads, None, weights, True)
     if choose("sgd", weights[0]) == "triton":
         gpu_kernels("sgd").project_gradients(weights, grads, eps)
+        torch.autograd.graph.increment_version(grads)
         return
-    for weight, grad in zip(weights, grads, strict=True):
-        grad.copy_(reference.project_gradient(grad, weight, eps))
+    for w, g in zip(weights, grads, strict=True):
+        g.copy_(reference.project_gradient(g, w, eps))
 
 
 def gradient_norms(
@@ -215,6 +201,21 @@ def _check(weights, grads, momenta, standardized, project) -> None:
                 )
 
 
+def _check_kernels(weights, standardized) -> None:
+    """What Triton's kernels refuse beside `_check`."""
+    if weights[0].dtype != torch.float32:
+        raise ValueError(f"weights has {weights[0].dtype}; the kernel takes float32 weights")
+    if standardized and standardized[0].dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ValueError(
+            f"standardized has {standardized[0].dtype}; the kernel writes float32, bfloat16 and "
+            f"float16"
+        )
+
+
 @torch.library.register_fake("bit_kernels::sgd", lib=library)
 def _fake(weights, grads, momenta, standardized, *options):
     return None
@@ -255,5 +256,19 @@ def _plain_norm(weights, grads, eps):
     return torch.stack(norms)
 
 
-implement("sgd", "sgd", _plain, _gpu_checked_step)
-implement("sgd_gradient_norm", "sgd", _plain_norm, _gpu_checked_norms)
+def _gpu_step(weights, grads, momenta, standardized, *options) -> None:
+    if weights:
+        momentum, project = options[1], options[-2]
+        _check(weights, grads, momenta if momentum != 0 else None, standardized, project)
+        _check_kernels(weights, standardized)
+        gpu_kernels("sgd").step(weights, grads, momenta, standardized, *options)
+
+
+def _gpu_norm(weights, grads, eps):
+    _check(weights, grads, None, weights, True)
+    _check_kernels(weights, [])
+    return gpu_kernels("sgd").gradient_norms(weights, grads, eps)
+
+
+implement("sgd", "sgd", _plain, _gpu_step)
+implement("sgd_gradient_norm", "sgd", _plain_norm, _gpu_norm)

@@ -6,6 +6,9 @@ inside the root, as in Big Transfer's release (Qiao et al., arXiv 1903.10520; ar
 Memory passes: 2 forward (read w, write the result), 3 backward (read w and the gradient, write
 dw). Kept for backward: w and the float32 statistics (C_out,).
 
+All weights of a network given at once are one autograd node, and on a GPU one launch for each length of
+rows.
+
 Implementations: csrc/cpu/standardize_weight.cpp, bit_kernels/triton/standardize_weight.py,
 bit_kernels/reference.py.
 """
@@ -52,17 +55,18 @@ def standardize_weight(
     >>> w = standardize_weight(torch.randn(64, 3, 7, 7))
     >>> w.mean((1, 2, 3)).abs().max() < 1e-6
     tensor(True)
+    >>> a, b = standardize_weight([torch.randn(64, 3, 7, 7), torch.randn(64, 64, 1, 1)])
 
     Args:
         weight: (C_out, C_in, *kernel), floating, contiguous or channels_last (anything else is
-            copied first). Keep it in float32: half types lose small kernels. Or many of them: on a
-            GPU those of one dtype take one launch for each length of rows, and so do their gradients.
+            copied first). Keep it in float32: half types lose small kernels. Or a sequence of such
+            weights, all of one dtype and on one device: on a GPU one launch then does many.
         eps: added to the variance, inside the root.
         dtype: of the result, the weight's if None; a float32 weight may give a half type.
         backend: None chooses; "cpp", "triton" or "reference" insists.
 
     Returns:
-        The weight's shape and layout; a list for many.
+        The weight's shape and layout; for a sequence a list, of the bits that each alone gives.
 
     Deterministic: the same input gives the same bits, whatever the number of threads. Statistics
     are float32 or wider. Double backward runs as plain PyTorch.
@@ -71,7 +75,7 @@ def standardize_weight(
         ValueError: the weight's shape or a dtype is none of these.
     """
     if not isinstance(weight, Tensor):
-        return _standardize_many(list(weight), eps, dtype, backend)
+        return _many(list(weight), eps, dtype, backend)
     try:
         served_by = choose("standardize_weight", weight, backend)
         if served_by == "reference":
@@ -89,13 +93,19 @@ def standardize_weight(
         raise
 
 
-def _standardize_many(weights, eps, dtype, backend):
-    alike = {(weight.dtype, weight.device) for weight in weights}
-    served_by = {choose("standardize_weight", weight, backend) for weight in weights}
-    if len(alike) > 1 or served_by != {"triton"} or torch.compiler.is_compiling():
-        return [standardize_weight(w, eps, dtype=dtype, backend=backend) for w in weights]
+def _many(weights: list[Tensor], eps, dtype, backend) -> list[Tensor]:
+    if not weights:
+        return []
     for weight in weights:
         _check(weight, dtype)
+        if weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            raise ValueError(
+                f"weight has {weight.dtype} on {weight.device} beside {weights[0].dtype} on "
+                f"{weights[0].device}; all may be of one dtype and on one device"
+            )
+    served_by = choose("standardize_weight", weights[0], backend)
+    if served_by != "triton" or torch.compiler.is_compiling():
+        return [standardize_weight(w, eps, dtype=dtype, backend=backend) for w in weights]
     if not torch.is_grad_enabled():
         return gpu_kernels("standardize_weight").forward_many(weights, eps, dtype)[0]
     return list(apply_node(_StandardizeWeights, eps, dtype, *weights))
@@ -107,18 +117,7 @@ def _gpu_forward(weight, eps, dtype=None):
 
 
 def _gpu_backward(grad_output, weight, mean, rstd):
-    _check(weight)
-    rows = (weight.shape[0],)
-    for name, tensor, shape in (
-        ("grad_output", grad_output, weight.shape),
-        ("mean", mean, rows),
-        ("rstd", rstd, rows),
-    ):
-        if tensor.shape != shape or tensor.device != weight.device:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} on {tensor.device}; with this weight it "
-                f"must be {tuple(shape)} on {weight.device}"
-            )
+    _check_backward(grad_output, weight, mean, rstd)
     return gpu_kernels("standardize_weight").backward(grad_output, weight, mean, rstd)
 
 
@@ -149,6 +148,29 @@ def _check(weight: Tensor, dtype: torch.dtype | None = None) -> None:
     _check_dtype(weight, dtype)
 
 
+def _check_backward(grad_output: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    _check(weight)
+    if grad_output.shape != weight.shape or grad_output.device != weight.device:
+        raise ValueError(
+            f"grad_output is {tuple(grad_output.shape)} on {grad_output.device}; with this weight it "
+            f"must be {tuple(weight.shape)} on {weight.device}"
+        )
+    if grad_output.dtype != weight.dtype and not (
+        weight.dtype == torch.float32 and grad_output.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"grad_output has dtype {grad_output.dtype}; with a weight of {weight.dtype} it may be "
+            "that, or a half type beside float32"
+        )
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        fits = tensor.dtype == torch.float32 and tensor.is_contiguous()
+        if tensor.shape != weight.shape[:1] or tensor.device != weight.device or not fits:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be "
+                f"torch.float32 ({weight.shape[0]},) on {weight.device}, contiguous"
+            )
+
+
 @torch.library.register_fake("bit_kernels::standardize_weight", lib=library)
 def _fake(weight, eps, dtype=None):
     _check(weight, dtype)
@@ -163,10 +185,9 @@ def _backward_fake(grad_output, weight, mean, rstd):
 
 
 def _save(ctx, inputs, mean, rstd):
-    weight, eps, _ = inputs
+    weight, eps = inputs[:2]
     ctx.save_for_backward(weight, mean, rstd)
-    ctx.eps = eps
-    ctx.backward_kernel = _backward_op
+    ctx.eps, ctx.backward_kernel = eps, _backward_op
 
 
 def _setup_context(ctx, inputs, output):
@@ -182,21 +203,22 @@ def _backward(ctx, grad_output, *_grad_statistics):
     if grad_output is None:
         return None, *rest
     if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
-        (grad,) = reference.gradients(
-            lambda w: reference.standardize_weight(w, ctx.eps, grad_output.dtype),
-            (weight,),
-            grad_output,
-        )
-        return grad, *rest
+        return _differentiable_gradient(weight, ctx.eps, grad_output), *rest
     return ctx.backward_kernel(grad_output, weight, mean, rstd), *rest
+
+
+def _differentiable_gradient(weight, eps, grad_output):
+    (grad,) = reference.gradients(
+        lambda w: reference.standardize_weight(w, eps, grad_output.dtype), (weight,), grad_output
+    )
+    return grad
 
 
 class _StandardizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *inputs, served_by = inputs
-        forward, backward = _KERNELS[served_by]
-        output, mean, rstd = forward(*inputs)
+        forward, backward = _KERNELS[inputs[-1]]
+        output, mean, rstd = forward(*inputs[:3])
         _save(ctx, inputs, mean, rstd)
         ctx.backward_kernel = backward
         return output
@@ -205,26 +227,48 @@ class _StandardizeWeight(torch.autograd.Function):
 
 
 class _StandardizeWeights(torch.autograd.Function):
-    """Many weights on a GPU; mean and rstd are of all their rows."""
+    """Of many weights, on a GPU."""
 
     @staticmethod
     def forward(ctx, eps, dtype, *weights):
-        outputs, mean, rstd = gpu_kernels("standardize_weight").forward_many(weights, eps, dtype)
+        kernels = gpu_kernels("standardize_weight")
+        outputs, mean, rstd = kernels.forward_many(weights, eps, dtype)
         ctx.save_for_backward(mean, rstd, *weights)
-        ctx.eps, ctx.dtype = eps, dtype
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *grad_outputs):
         mean, rstd, *weights = ctx.saved_tensors
+        grads = [None] * len(weights)
+        wanted = [
+            i
+            for i, grad in enumerate(grad_outputs)
+            if grad is not None and ctx.needs_input_grad[2 + i]
+        ]
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+            for i in wanted:
+                grads[i] = _differentiable_gradient(weights[i], ctx.eps, grad_outputs[i])
+        elif wanted:
+            backward_many = gpu_kernels("standardize_weight").backward_many
+            made = backward_many(
+                [grad_outputs[i] for i in wanted],
+                [weights[i] for i in wanted],
+                *_rows_of(weights, wanted, mean, rstd),
+            )
+            for i, grad in zip(wanted, made, strict=True):
+                grads[i] = grad
+        return None, None, *grads
 
-            def outputs(*weights):
-                return [reference.standardize_weight(w, ctx.eps, ctx.dtype) for w in weights]
 
-            return None, None, *reference.gradients(outputs, weights, grads)
-        kernels = gpu_kernels("standardize_weight")
-        return None, None, *kernels.backward_many(grads, weights, mean, rstd)
+def _rows_of(weights, wanted, *statistics):
+    """Statistics of all rows, those of the wanted weights alone."""
+    if len(wanted) == len(weights):
+        return statistics
+    lengths = [weight.shape[0] for weight in weights]
+    parts = [statistic.split(lengths) for statistic in statistics]
+    return [torch.cat([part[i] for i in wanted]) for part in parts]
 
 
 torch.library.register_autograd(

@@ -37,9 +37,8 @@ def make(shape, dtype, layout="contiguous"):
     random = torch.Generator().manual_seed(0)
     # Kernels as small as trained ones, off centre.
     weight = torch.randn(shape, generator=random) * 0.02 + 0.01
-    return LAYOUTS[layout](weight.to(DEVICE, dtype)), torch.randn(shape, generator=random).to(
-        DEVICE, dtype
-    )
+    grad = torch.randn(shape, generator=random)
+    return LAYOUTS[layout](weight.to(DEVICE, dtype)), grad.to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,8 +73,8 @@ def test_linear_and_other_convolutions(shape):
 
 
 def test_eps_is_inside_the_root():
-    weight = torch.tensor([[1.0, -1.0], [3.0, 3.0]])
-    expected = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    weight = torch.tensor([[1.0, -1.0], [3.0, 3.0]], device=DEVICE)
+    expected = torch.tensor([[0.5, -0.5], [0.0, 0.0]], device=DEVICE)
     assert torch.allclose(fused(weight, 3.0), expected)
 
 
@@ -86,7 +85,7 @@ def test_mean_far_from_zero():
 
 
 def test_constant_kernel_has_no_gradient():
-    weight = torch.full((2, 8), 0.25, requires_grad=True)
+    weight = torch.full((2, 8), 0.25, requires_grad=True, device=DEVICE)
     output = fused(weight)
     output.backward(torch.ones_like(output))
     assert not output.any() and not weight.grad.any()
@@ -141,7 +140,7 @@ def test_second_gradient():
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (4, 0, 3, 3), (0, 0)], ids=str)
 def test_empty(shape):
-    weight = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(shape, requires_grad=True, device=DEVICE)
     output = fused(weight)
     output.sum().backward()
     assert output.shape == weight.grad.shape == shape
@@ -150,8 +149,8 @@ def test_empty(shape):
 @pytest.mark.parametrize(
     "weight, message",
     [
-        (torch.zeros(3, 3, dtype=torch.int32), "dtype torch.int32"),
-        (torch.zeros(3), r"shape \(3,\); it must be \(C_out, C_in, \*kernel\)"),
+        (torch.zeros(3, 3, dtype=torch.int32, device=DEVICE), "dtype torch.int32"),
+        (torch.zeros(3, device=DEVICE), r"shape \(3,\); it must be \(C_out, C_in, \*kernel\)"),
     ],
 )
 @pytest.mark.parametrize("small_elements", [0, 1000])
@@ -167,6 +166,82 @@ def test_insisting_on_a_kernel_that_can_not_serve():
         standardize_weight(torch.zeros(3, 3, device="meta"), backend=BACKEND)
 
 
+def test_the_op_itself_refuses():
+    weight, grad = make((6, 5), torch.float32)
+    with pytest.raises((RuntimeError, ValueError), match="weight must have at least 2|shape"):
+        torch.ops.bit_kernels.standardize_weight(weight[0], 1e-10)
+    mean, rstd = torch.ops.bit_kernels.standardize_weight(weight, 1e-10)[1:]
+    backward = torch.ops.bit_kernels.standardize_weight_backward
+    for arguments, name in [
+        ((grad[:4], weight, mean, rstd), "grad_output"),
+        ((grad, weight, mean[:2], rstd), "mean"),
+        ((grad, weight, mean, rstd.double()), "rstd"),
+    ]:
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            backward(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_many_weights_are_each_standardized(dtype):
+    shapes = [*SAMPLES.values(), (6, 20), (1, 1), (2, 3, 1, 1)]
+    weights = [make(shape, torch.float32)[0].requires_grad_() for shape in shapes]
+    weights[2] = LAYOUTS["channels_last"](weights[2].detach()).requires_grad_()
+    weights[6] = LAYOUTS["slice"](weights[6].detach()).requires_grad_()
+    grads = [make(shape, dtype or torch.float32)[1] for shape in shapes]
+    together = standardize_weight(weights, 1e-6, dtype=dtype, backend=BACKEND)
+    made = torch.autograd.grad(together, weights, grads)
+    with torch.no_grad():
+        again = standardize_weight(weights, 1e-6, dtype=dtype, backend=BACKEND)
+    for weight, output, same, grad, grad_weight in zip(
+        weights, together, again, grads, made, strict=True
+    ):
+        alone = fused(weight, 1e-6, dtype=dtype)
+        (right,) = torch.autograd.grad(alone, weight, grad)
+        assert torch.equal(output, alone) and torch.equal(same, alone)
+        assert torch.equal(grad_weight, right)
+        assert output.stride() == alone.stride() and grad_weight.stride() == right.stride()
+
+
+def test_many_weights_of_which_few_have_a_gradient():
+    weights = [make(shape, torch.float32)[0] for shape in [(3, 5), (4, 2, 3, 3), (7, 6), (2, 9)]]
+    weights[1].requires_grad_()
+    weights[2].requires_grad_()
+    outputs = standardize_weight(weights, backend=BACKEND)
+    outputs[2].pow(3).sum().backward()
+    alone = weights[2].detach().requires_grad_()
+    fused(alone).pow(3).sum().backward()
+    assert torch.equal(weights[2].grad, alone.grad)
+    assert weights[1].grad is None and weights[0].grad is None
+
+
+def test_second_gradient_of_many_weights():
+    leaves = [(make(shape, torch.float32)[0] * 50).requires_grad_() for shape in [(3, 5), (2, 7)]]
+    grad = [make(leaf.shape, torch.float32)[1] for leaf in leaves]
+    second = []
+    for function in (
+        lambda: standardize_weight(leaves, backend=BACKEND),
+        lambda: [reference.standardize_weight(leaf) for leaf in leaves],
+    ):
+        first = torch.autograd.grad(function(), leaves, grad, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves))
+    for ours, right in zip(*second, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4)
+
+
+def test_many_weights_compile_and_refuse():
+    weights = [make(shape, torch.float32)[0] for shape in [(3, 5), (4, 2, 3, 3)]]
+    compiled = torch.compile(
+        lambda ws: standardize_weight(ws, backend=BACKEND), fullgraph=True, backend="aot_eager"
+    )
+    for a, b in zip(compiled(weights), standardize_weight(weights, backend=BACKEND), strict=True):
+        assert torch.equal(a, b)
+    assert standardize_weight([]) == []
+    with pytest.raises(ValueError, match="weight has torch.float64 on .* beside torch.float32"):
+        standardize_weight([weights[0], weights[1].double()])
+    with pytest.raises(ValueError, match=r"weight has shape \(5,\); it must be \(C_out"):
+        standardize_weight([weights[0], weights[0][0]])
+
+
 def test_plain_op_matches_kernel():
     """What the op does on a device without a kernel of ours (bit_kernels/ops)."""
     from bit_kernels.ops import standardize_weight as module
@@ -178,44 +253,3 @@ def test_plain_op_matches_kernel():
     arguments = (grad, weight, *kernel[1:])
     a = torch.ops.bit_kernels.standardize_weight_backward(*arguments)
     assert torch.allclose(a, module.plain_backward(*arguments), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_many_have_the_bits_of_each(dtype):
-    made = [make(shape, torch.float32) for shape in (*SAMPLES.values(), (0, 4, 3, 3), (4, 3))]
-    weights, grads = ([t[i] for t in made] for i in (0, 1))
-    results = []
-    for many in (True, False):
-        leaves = [w.clone().requires_grad_() for w in weights]
-        if many:
-            outputs = fused(leaves, 1e-5, dtype=dtype)
-        else:
-            outputs = [fused(leaf, 1e-5, dtype=dtype) for leaf in leaves]
-        assert [o.dtype for o in outputs] == [dtype or torch.float32] * len(leaves)
-        torch.autograd.backward(outputs, [g.to(outputs[0].dtype) for g in grads])
-        results.append([*outputs, *[leaf.grad for leaf in leaves]])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(fused(weights, 1e-5, dtype=dtype), outputs))
-
-
-def test_many_of_several_dtypes_and_none():
-    weights = [make((4, 3), torch.float32)[0], make((5, 2, 3), torch.float16)[0]]
-    assert [o.dtype for o in standardize_weight(weights)] == [torch.float32, torch.float16]
-    assert standardize_weight([]) == []
-    with pytest.raises(ValueError, match=r"shape \(3,\)"):
-        standardize_weight([weights[0], torch.zeros(3, device=DEVICE)])
-
-
-def test_second_gradient_of_many():
-    weights = [make((3, 4, 2, 2), torch.float32)[0] * 50, make((2, 6), torch.float32)[0] * 50]
-
-    def penalty(function, dtype):
-        leaves = [w.to(dtype).requires_grad_() for w in weights]
-        total = sum(o.pow(3).sum() for o in function(leaves))
-        first = torch.autograd.grad(total, leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
-
-    plain = penalty(lambda ws: [reference.standardize_weight(w) for w in ws], torch.float64)
-    for ours, truth in zip(penalty(standardize_weight, torch.float32), plain, strict=True):
-        assert torch.allclose(ours.double(), truth, rtol=1e-3, atol=1e-3)

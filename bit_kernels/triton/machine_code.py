@@ -102,7 +102,7 @@ def read(code, kernel, target: str) -> Compiled:
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 # Global memory and, LDL and STL, a thread's stack; the width is among the suffixes.
-_SASS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|REDG?|ATOMG?)((?:\.\w+)*)")
+_SASS = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL|REDG?|ATOMG?)\b((?:\.\w+)*)")
 _SASS_KINDS = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
 _PTX = re.compile(r"\b(ld|st|atom|red)\.global((?:[.:]+\w+)*)\.[bfsu](\d+)\b")
 _PTX_KINDS = {"ld": "load", "st": "store"}
@@ -250,7 +250,7 @@ def _follow(folder: Path, calls: tuple[_Place, ...]) -> str:
             called = ast.unparse(call.func)
             if function is None and _MEMORY.match(called):
                 value = call.args[0]
-            elif function is not None and called == function.name:
+            elif function is not None and called.rpartition(".")[2] == function.name:
                 parameters = [argument.arg for argument in function.args.args]
                 given = dict(zip(parameters, call.args, strict=False))
                 given |= {keyword.arg: keyword.value for keyword in call.keywords}
@@ -277,13 +277,14 @@ def _origin(value: ast.expr, function: ast.FunctionDef) -> str:
     }
     name = _first_name(value)
     for _ in range(len(assigned)):
-        if name in parameters or name not in assigned:
+        before = _first_name(assigned.get(name))
+        if name in parameters or before not in parameters | assigned.keys():
             break
-        name = _first_name(assigned[name]) or name
+        name = before
     return name
 
 
-def _first_name(value: ast.expr) -> str:
+def _first_name(value: ast.expr | None) -> str:
     """Of an address, which Triton's code writes as pointer + offsets."""
     while isinstance(value, (ast.BinOp, ast.Call, ast.Attribute, ast.Subscript)):
         if isinstance(value, ast.BinOp):

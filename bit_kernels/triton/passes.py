@@ -8,8 +8,9 @@ by one program and written by another, in any order: on a GPU that would be a ra
 counts: how many elements each launch loads and stores of each of its tensors.
 """
 
+import functools
 import json
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from bit_kernels.triton import _launch
@@ -31,17 +33,29 @@ _NOBODY, _SEVERAL = -1, -2
 class _Region:
     """The memory of a tensor during one launch; elements are counted from its first."""
 
-    def __init__(self, name: str, tensor: Tensor, written: np.ndarray):
-        self.name, self.tensor, self.written = name, tensor, written
+    def __init__(self, name: str, tensor: Tensor):
+        self.name, self.tensor = name, tensor
         self.start, self.end = _span(tensor)
         self.itemsize = tensor.element_size()
-        self.reader = np.full(len(written), _NOBODY, np.int32)  # the program that read an element
-        self.writer = np.full(len(written), _NOBODY, np.int32)
-        self.gaps = None  # elements between those of the tensor, if it does not lie dense
-        if len(written) != tensor.numel():
-            gaps = torch.ones(len(written), dtype=torch.bool)
-            gaps.as_strided(tensor.shape, tensor.stride()).fill_(False)
-            self.gaps = gaps.numpy()
+        self.size = (self.end - self.start) // self.itemsize
+
+    @functools.cached_property
+    def reader(self) -> np.ndarray:
+        """The program that read an element."""
+        return np.full(self.size, _NOBODY, np.int32)
+
+    @functools.cached_property
+    def writer(self) -> np.ndarray:
+        return np.full(self.size, _NOBODY, np.int32)
+
+    @functools.cached_property
+    def gaps(self) -> np.ndarray | None:
+        """Elements between those of the tensor, if it does not lie dense."""
+        if self.size == self.tensor.numel():
+            return None
+        gaps = torch.ones(self.size, dtype=torch.bool)
+        gaps.as_strided(self.tensor.shape, self.tensor.stride()).fill_(False)
+        return gaps.numpy()
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -66,9 +80,9 @@ class Traffic(NamedTuple):
     def large(self, elements: int) -> list[str]:
         return [name for name, tensor in self.tensors.items() if tensor.numel() >= elements]
 
-    def passes(self, elements: int) -> float:
-        """Loads and stores of tensors of at least so many elements, over that number."""
-        return self.moved(self.large(elements)) / elements
+    def passes(self, elements: int, least: int | None = None) -> float:
+        """Loads and stores of tensors of at least `least` elements, over `elements`; None: as many."""
+        return self.moved(self.large(least or elements)) / elements
 
     def bytes(self, names: Iterable[str]) -> int:
         return sum(self.moved([name]) * self.tensors[name].element_size() for name in names)
@@ -79,17 +93,17 @@ class Watch:
 
     def __init__(self, also: Sequence[Tensor]):
         self.launches: list[Traffic] = []
-        self._also = also
+        self._also = list(also)
         self._written: dict[tuple[int, int], np.ndarray] = {}
         self._regions: list[_Region] = []
 
-    def passes(self, elements: int) -> float:
-        """Loads and stores of activation-sized tensors over an activation's elements."""
-        return sum(launch.passes(elements) for launch in self.launches)
+    def passes(self, elements: int, least: int | None = None) -> float:
+        """Of all launches together."""
+        return sum(launch.passes(elements, least) for launch in self.launches)
 
-    def rest(self, elements: int) -> float:
-        """Bytes of all smaller tensors over those of the activation-sized ones."""
-        large = sum(launch.bytes(launch.large(elements)) for launch in self.launches)
+    def rest(self, least: int) -> float:
+        """Bytes of all tensors of fewer elements over those of the others."""
+        large = sum(launch.bytes(launch.large(least)) for launch in self.launches)
         return sum(launch.bytes(launch.tensors) for launch in self.launches) / large - 1
 
     def fully_written(self, tensor: Tensor) -> bool:
@@ -101,17 +115,22 @@ class Watch:
 
     def _begin(self, kernel: str, arguments: dict) -> None:
         tensors = {name: arg for name, arg in arguments.items() if isinstance(arg, Tensor)}
-        tensors |= {f"also {i}": tensor for i, tensor in enumerate(self._also)}
-        self._regions = []
+        regions: list[_Region] = []
         for name, tensor in sorted(tensors.items(), key=lambda item: _span(item[1])):
-            start, end = _span(tensor)
-            if start == end or self._regions and (start, end) == _span(self._regions[-1].tensor):
-                continue  # empty, or the same under another name
-            if self._regions and start < self._regions[-1].end:
-                raise ValueError(f"{kernel}: {name} overlaps {self._regions[-1].name}")
-            size = (end - start) // tensor.element_size()
-            written = self._written.setdefault((start, end), np.zeros(size, bool))
-            self._regions.append(_Region(name, tensor, written))
+            region = _Region(name, tensor)
+            if region.size == 0 or regions and _span(tensor) == _span(regions[-1].tensor):
+                continue  # or the same under another name
+            if regions and region.start < regions[-1].end:
+                raise ValueError(f"{kernel}: {name} overlaps {regions[-1].name}")
+            regions.append(region)
+        starts = [region.start for region in regions]
+        for i, tensor in enumerate(self._also):
+            region = _Region(f"also {i}", tensor)
+            at = bisect_left(starts, region.end) - 1  # the last argument that begins before its end
+            if region.size and (at < 0 or regions[at].end <= region.start):
+                tensors[region.name] = tensor
+                regions.append(region)
+        self._regions = sorted(regions, key=lambda region: region.start)
         self._starts = [region.start for region in self._regions]
         self.launches.append(Traffic(kernel, tensors, Counter(), Counter()))
 
@@ -145,7 +164,8 @@ class Watch:
         strange = (readers != _NOBODY) & (readers != program)
         self._must(not strange.any(), f"writes what another program has read, of {name}")
         region.writer[index] = program
-        region.written[index] = True
+        span = region.start, region.end
+        self._written.setdefault(span, np.zeros(region.size, bool))[index] = True
 
     def _program(self) -> int:
         (x, y, z), (columns, rows, _) = (
@@ -164,13 +184,16 @@ class Watch:
 def watch(also: Sequence[Tensor] = ()) -> Iterator[Watch]:
     """Inside, each access of a kernel is checked and counted; atomics are refused.
 
-    also: tensors that kernels reach by other ways than an argument, such as a table of pointers.
+    also: tensors from before that kernels reach by other ways than an argument, such as a table of
+        pointers; those that are made inside are known.
 
     Raises:
         triton.runtime.errors.InterpreterError: of a kernel's launch: it accessed memory as it must
             not; the message says how.
     """
     watch = Watch(also)
+    # Kept, so that none has the memory of an earlier one.
+    known = {tensor.untyped_storage().data_ptr() for tensor in also}
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
@@ -189,7 +212,18 @@ def watch(also: Sequence[Tensor] = ()) -> Iterator[Watch]:
         watch._begin(_name(self.fn), dict(zip(self.arg_names, args, strict=False)))
         return call(self, *args, **constexprs)
 
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.device.type == "cpu":
+                storage = result.untyped_storage().data_ptr()
+                if storage not in known:
+                    known.add(storage)
+                    watch._also.append(result)
+            return result
+
     with (
+        Noting(),
         mock.patch.object(builder, "create_masked_load", watched_load),
         mock.patch.object(builder, "create_masked_store", watched_store),
         mock.patch.object(builder, "create_atomic_rmw", refused),
@@ -202,21 +236,20 @@ def watch(also: Sequence[Tensor] = ()) -> Iterator[Watch]:
 def count(case: Case) -> Watch:
     """The launches of a case with few elements, and with as much fewer multiprocessors, so that the
     work is divided as it is with all."""
-    made: list[Tensor] = []
-
-    def make(*shape, **options):
-        made.append(maker("cpu")(*shape, **options))
-        return made[-1]
-
     few = ceil_div(_launch.WITHOUT_GPU * case.few_elements, case.elements)
-    with mock.patch.object(_launch, "WITHOUT_GPU", few), watch(made) as seen:
-        case.few(make)
+    with mock.patch.object(_launch, "WITHOUT_GPU", few), watch() as seen:
+        case.few(maker("cpu"))
     with _launch.recording() as launches:
         case.call(maker("meta"))
-    expected = [_name(launch.kernel.fn) for launch in launches]
-    if (found := [launch.kernel for launch in seen.launches]) != expected:
+    expected = {_name(launch.kernel.fn) for launch in launches}
+    if (found := {launch.kernel for launch in seen.launches}) != expected:
         raise ValueError(f"{case}: launches {expected}, with few elements {found}")
     return seen
+
+
+def case_passes(case: Case, launch: Traffic) -> float:
+    """Of one of the launches, in the case's own unit."""
+    return launch.passes(case.few_elements, case.few_least)
 
 
 def _name(function) -> str:
@@ -227,8 +260,9 @@ def main() -> None:
     """Prints kernel and memory passes of each launch, of each case of the table."""
     counted = {}
     for case in cases():
-        launches = count(case).launches
-        counted[str(case)] = [(each.kernel, each.passes(case.few_elements)) for each in launches]
+        if case.few is not None:
+            launches = count(case).launches
+            counted[str(case)] = [(each.kernel, case_passes(case, each)) for each in launches]
     print(json.dumps(counted))
 
 

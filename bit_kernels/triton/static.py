@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -106,7 +107,9 @@ class Row(NamedTuple):
     case: str
     launch: int  # which of the case's
     grid: tuple[int, ...]
-    activations: tuple[str, ...]  # arguments as large as the case's activations
+    activations: tuple[
+        str, ...
+    ]  # the kernel's names for tensors as large as the case's activations
     aligned: bool
     compiled: Compiled
 
@@ -114,26 +117,27 @@ class Row(NamedTuple):
 def rows(target: str, full: bool = False) -> list[Row]:
     """Every launch of every case, each specialisation compiled once."""
     return [
-        Row(
-            str(case),
-            index,
-            launch.grid,
-            activations(launch, case.elements),
-            case.aligned,
-            compile_launch(launch, target),
-        )
+        row(case, index, launch, target)
         for case in cases(full)
         for index, launch in enumerate(launches_of(case))
     ]
 
 
-def activations(launch: Launch, elements: int) -> tuple[str, ...]:
-    """Names of the kernel's arguments that are tensors of at least so many elements."""
-    return tuple(
-        name
-        for name, arg in zip(launch.kernel.arg_names, launch.args, strict=False)
-        if isinstance(arg, torch.Tensor) and arg.numel() >= elements
-    )
+def row(case: Case, index: int, launch: Launch, target: str) -> Row:
+    compiled = compile_launch(launch, target)
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    if "pointers" in arguments:  # the tensors of a table are variables of the kernel
+        activations = {access.name for access in compiled.accesses} - arguments.keys()
+    else:
+        activations = {
+            name
+            for name, argument in arguments.items()
+            if isinstance(argument, torch.Tensor)
+            and argument.numel() >= (case.least or case.elements)
+        }
+    # Kernels that work on many tensors are told of each group's alignment.
+    aligned = case.aligned and launch.constexprs.get("ALIGN") != 1
+    return Row(str(case), index, launch.grid, tuple(sorted(activations)), aligned, compiled)
 
 
 def in_processes(targets: Iterable[str], full: bool = False) -> dict[str, list[Row]]:
@@ -172,8 +176,9 @@ multiprocessor ask for before they wait.
 ## Memory passes
 
 An activation's elements loaded and stored, counted from the addresses that the kernels access (at
-batch 1), over what any implementation must load and store. Where a kernel is `swept`, a program reads
-its input twice, and finds much of it in the L2 cache the second time: fewer passes reach memory.
+batch 1; of a network's weights, for three of them), over what any implementation must load and store.
+Where a kernel is `swept`, a program reads its input twice, and finds much of it in the L2 cache the
+second time: fewer passes reach memory.
 
 {passes}
 """
@@ -203,10 +208,14 @@ def page(found: dict[str, list[Row]], passes: dict[str, list[tuple[str, float]]]
         ])  # fmt: skip
     counted = [["case", "launches", "passes", "passes / ideal"]]
     for case in cases():
-        launches = passes[str(case)]
-        total = sum(each for _, each in launches)
-        parts = " + ".join(f"{each:g} {kernel}" for kernel, each in launches if each)
-        counted.append([str(case), str(len(launches)), parts, f"{total:g} / {case.ideal}"])
+        if case.few is None:
+            continue
+        by_name: Counter[str] = Counter()
+        for kernel, each in passes[str(case)]:
+            by_name[kernel] += each
+        parts = " + ".join(f"{each:.4g} {kernel}" for kernel, each in by_name.items() if each)
+        total = f"{sum(by_name.values()):.4g} / {case.ideal}"
+        counted.append([str(case), str(len(launches_of(case))), parts, total])
     return _PAGE.format(
         triton=triton.__version__,
         torch=torch.__version__.split("+")[0],

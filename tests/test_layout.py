@@ -15,6 +15,7 @@ OPS = sorted(functional.__all__)
 @pytest.mark.parametrize("op", OPS)
 def test_places(op):
     places = [f"bit_kernels/ops/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py"]
+    places += [f"bit_kernels/triton/{op}.py"]
     # An op made of others' kernels has none of its own; it is those that are timed.
     if op != "norm_relu_conv":
         places += [f"csrc/cpu/{op}_kernel.h", f"benchmarks/ops/{op}.py"]

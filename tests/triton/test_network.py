@@ -34,7 +34,7 @@ def train(model, images, labels, **autocast):
 
 @pytest.fixture(scope="module")
 def networks():
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # no ReLU's input is so near to 0 that rounding decides
     model = models.create("R26x0.125", num_classes=10, stem="small")
     model.head.weight.data.normal_(std=0.1)  # zeros would send no gradient back
     images = torch.rand(3, 3, 21, 18) * 2 - 1

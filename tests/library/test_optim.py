@@ -243,8 +243,12 @@ CHANGES = {
 }
 
 
+# What shows by a look at the memory alone, be it that a later tensor lies where the first one did.
+SAMPLED = ("data", "double and back")
+
+
 @pytest.mark.parametrize(
-    "change", [pytest.param(c, marks=of_the_cpu) if c == "data" else c for c in CHANGES]
+    "change", [pytest.param(c, marks=of_the_cpu) if c in SAMPLED else c for c in CHANGES]
 )
 def test_changed_weights_are_noticed(change):
     model = network()

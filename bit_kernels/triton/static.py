@@ -80,14 +80,18 @@ def _compiling_for(target: str) -> Iterator[None]:
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
     """The launch's kernel as Triton's JIT would specialise and compile it on a GPU of this kind."""
+    code = machine_code_of(launch, target)
+    if (code.hash, target) not in _known:
+        _known[code.hash, target] = read(code, launch.kernel, target)
+    return _known[code.hash, target]
+
+
+def machine_code_of(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
     options = dict(launch.options)
     if TARGETS[target].backend == "hip":  # where `launch` doesn't say it either
         options.pop("maxnreg", None)
     with _compiling_for(target):
-        code = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **options)
-    if (code.hash, target) not in _known:
-        _known[code.hash, target] = read(code, launch.kernel, target)
-    return _known[code.hash, target]
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **options)
 
 
 _known: dict[tuple[str, str], Compiled] = {}

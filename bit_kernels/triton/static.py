@@ -181,7 +181,8 @@ multiprocessor ask for before they wait.
 ## Memory passes
 
 An activation's elements loaded and stored, counted from the addresses that the kernels access (at
-batch 1; of a network's weights, for three of them), over what any implementation must load and store.
+batch 1; of a network's weights, for three of them, whose rows programs hold: rows of more than 8192
+elements are read again, from the cache), over what any implementation must load and store.
 Where a kernel is `swept`, a program reads its input twice, and finds much of it in the L2 cache the
 second time: fewer passes reach memory.
 

@@ -276,5 +276,7 @@ def test_table_is_of_these_kernels():
     }
     assert compiled == expected, "run: python -m bit_kernels.triton.static --write"
     counted = re.findall(r"^\| ([^|]+) \| (\d+) \| [^|]+ \| [\d.]+ / \d+ \|", text, re.MULTILINE)
-    launches = [(str(case), str(len(static.launches_of(case)))) for case in cases()]
+    launches = [
+        (str(case), str(len(static.launches_of(case)))) for case in cases() if case.few is not None
+    ]
     assert counted == launches, "run: python -m bit_kernels.triton.static --write"

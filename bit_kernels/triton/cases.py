@@ -332,9 +332,13 @@ def _norm_relu_conv(batch: int, shape, dtype: torch.dtype) -> Case:
     return Case("norm_relu_conv", part, at, call, elements, 3 if full else 2, True, None, 0)
 
 
-# Not yet among them: norm_relu_conv, sgd and standardize_weight, whose part of docs/gpu-static.md is
-# still to be written by the command.
-OPS = {"group_norm_relu": group_norm_relu, "mixup": mixup}
+OPS = {
+    "group_norm_relu": group_norm_relu,
+    "mixup": mixup,
+    "norm_relu_conv": norm_relu_conv,
+    "sgd": sgd,
+    "standardize_weight": standardize_weight,
+}
 
 
 def cases(full: bool = False) -> list[Case]:

@@ -176,10 +176,11 @@ def forward(
 
 
 def _warps(tile: dict[str, int], is_held: bool, tensors: int, vector: int) -> int:
-    """Of a program: a thread has 16 elements of a tile, or holds 8 vectors of all tensors."""
+    """Of a program: a thread has 16 elements of a tile, or holds 8 vectors of all tensors; where they
+    are vectors, so many that two programs share a multiprocessor."""
     elements = tile["BP"] * tile["BG"] * tile["D2"]
     threads = elements * tensors // (8 * vector) if is_held else elements // 16
-    return min(16, max(4, threads // 32))
+    return min(8 if vector > 1 else 16, max(4, threads // 32))
 
 
 def _empty_statistics(shape: _Shape) -> tuple[Tensor, Tensor]:

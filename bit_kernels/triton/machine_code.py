@@ -59,8 +59,8 @@ class Compiled(NamedTuple):
         """The accesses through these pointers, and how many of each."""
         return {access: n for access, n in self.accesses.items() if access.name in names}
 
-    def narrow(self, names: Iterable[str]) -> list[Access]:
-        """Accesses through these pointers of fewer than 128 bits, though the thread has more of the
+    def narrow(self, names: Iterable[str], wanted: int = 128) -> list[Access]:
+        """Accesses through these pointers of fewer bits than wanted, though the thread has more of the
         same tensor to load or store."""
         bits = Counter()
         for access, number in self.of(names).items():
@@ -68,7 +68,7 @@ class Compiled(NamedTuple):
         return [
             access
             for access in self.of(names)
-            if access.bits < min(128, bits[access.kind, access.name])
+            if access.bits < min(wanted, bits[access.kind, access.name])
         ]
 
     def in_flight(self, names: Iterable[str]) -> int:

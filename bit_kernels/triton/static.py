@@ -80,14 +80,18 @@ def _compiling_for(target: str) -> Iterator[None]:
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
     """The launch's kernel as Triton's JIT would specialise and compile it on a GPU of this kind."""
+    code = machine_code_of(launch, target)
+    if (code.hash, target) not in _known:
+        _known[code.hash, target] = read(code, launch.kernel, target)
+    return _known[code.hash, target]
+
+
+def machine_code_of(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
     options = dict(launch.options)
     if TARGETS[target].backend == "hip":  # where `launch` doesn't say it either
         options.pop("maxnreg", None)
     with _compiling_for(target):
-        code = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **options)
-    if (code.hash, target) not in _known:
-        _known[code.hash, target] = read(code, launch.kernel, target)
-    return _known[code.hash, target]
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constexprs, **options)
 
 
 _known: dict[tuple[str, str], Compiled] = {}
@@ -177,7 +181,8 @@ multiprocessor ask for before they wait.
 ## Memory passes
 
 An activation's elements loaded and stored, counted from the addresses that the kernels access (at
-batch 1; of a network's weights, for three of them), over what any implementation must load and store.
+batch 1; of a network's weights, for three of them, whose rows programs hold: rows of more than 8192
+elements are read again, from the cache), over what any implementation must load and store.
 Where a kernel is `swept`, a program reads its input twice, and finds much of it in the L2 cache the
 second time: fewer passes reach memory.
 

@@ -48,12 +48,13 @@ def check(row: static.Row) -> None:
     assert code.stack <= STACK and code.spills <= STACK // 2, f"spills: {what}"
     assert not any(kind == "atomic" for kind, _ in code.widths), f"atomics: {what}"
     op = row.case.split()[0]
-    fused = op == "norm_relu_conv"
-    assert code.programs >= (1 if fused else PROGRAMS), f"alone on a multiprocessor: {what}"
     if not row.aligned or OF_PARTS.search(code.kernel):
         return
-    if not (fused and code.target == "gfx942"):  # whose matrix cores take 4 elements at a time
-        assert not code.narrow(row.activations), f"{code.narrow(row.activations)}: {what}"
+    least = 1 if op == "norm_relu_conv" else PROGRAMS
+    assert code.programs >= least, f"alone on a multiprocessor: {what}"
+    # A half of what is float32 beside it is 64 bits; on AMD threads, being 64 a warp, have no more.
+    narrow = code.narrow(row.activations, 64 if code.target == "gfx942" else 128)
+    assert not narrow, f"{narrow}: {what}"
     if op not in APART:
         reads = code.in_flight(row.activations)
         assert reads >= IN_FLIGHT[code.target], f"{reads} bytes in flight: {what}"
@@ -93,8 +94,13 @@ def test_within_bounds(op, kernel, target):
 def test_every_specialisation_within_bounds(target, compiled_in_processes):
     rows = compiled_in_processes[target]
     assert len(rows) > 1000
+    failures = {}
     for row in rows:
-        check(row)
+        try:
+            check(row)
+        except AssertionError as error:
+            failures[row.compiled.kernel, str(error).partition(":")[0]] = str(error)
+    assert not failures, "\n".join(failures.values())
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +229,7 @@ def test_occupancy_of_amd_is_llvms():
     """LLVM writes into the assembly how many waves of a kernel fit each of the four schedulers."""
     compared = 0
     for _, launch in FIRST.values():
-        with static._compiling_for("gfx942"):
-            code = launch.kernel.warmup(
-                *launch.args, grid=launch.grid, **launch.constexprs, **launch.options
-            )
+        code = static.machine_code_of(launch, "gfx942")
         waves = int(re.search(r"; Occupancy: (\d+)", code.asm["amdgcn"])[1])
         compiled = machine_code.read(code, launch.kernel, "gfx942")
         # LLVM counts registers alone, as if programs of one warp and without shared memory.
@@ -273,5 +276,7 @@ def test_table_is_of_these_kernels():
     }
     assert compiled == expected, "run: python -m bit_kernels.triton.static --write"
     counted = re.findall(r"^\| ([^|]+) \| (\d+) \| [^|]+ \| [\d.]+ / \d+ \|", text, re.MULTILINE)
-    launches = [(str(case), str(len(static.launches_of(case)))) for case in cases()]
+    launches = [
+        (str(case), str(len(static.launches_of(case)))) for case in cases() if case.few is not None
+    ]
     assert counted == launches, "run: python -m bit_kernels.triton.static --write"

@@ -56,11 +56,10 @@ def launch(
     """
     if 0 in grid:
         return
-    options: dict[str, Any] = {"num_warps": num_warps}
+    # Triton 3.10 will no longer fuse unless it is told to.
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": contract}
     if num_stages is not None:
         options["num_stages"] = num_stages
-    if not contract:
-        options["enable_fp_fusion"] = False
     if registers is not None and torch.version.hip is None:
         options["maxnreg"] = registers
     noted = _noted.get()

@@ -198,12 +198,19 @@ def _located(text: str) -> Iterator[tuple[str, list[_Place]]]:
     first.
 
     LLVM writes them behind .loc, as "a.py:3:7 @[ b.py:40:5 ]", or else newer ones name the call's
-    place, whose own .loc came before.
+    place, whose own .loc came before, and number the lines within inline assembly, which begins at
+    the place that counts.
     """
     places: list[_Place] = []
     known: dict[str, list[_Place]] = {}
+    inline = 0  # rows since inline assembly began
     for row in text.splitlines():
+        inline = 1 if "begin inline asm" in row else inline and inline + 1
+        if "end inline asm" in row:
+            inline = 0
         if found := _LOC.match(row):
+            if inline > 2:
+                continue
             places = [_Place(file, int(line), int(at)) for file, line, at in _PLACE.findall(row)]
             if found[2] is not None:
                 places = places + known.get(found[2], [])

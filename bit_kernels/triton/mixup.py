@@ -42,7 +42,7 @@ def _crop(place, element, C: tl.constexpr):
 def _read(first, stride, offset, row, inside):
     """Elements of rows of a crop, in float32."""
     rows = (first + row * stride).to(tl.pointer_type(tl.uint8))
-    return tl.load(rows[None, :] + offset[:, None], mask=inside, other=0).to(tl.float32)
+    return tl.load(rows + offset, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -55,23 +55,24 @@ def _mixup_kernel(
     places: (M, _WORDS), no address for what isn't mixed. numbers: (255 mean, 1 / (255 std), lam).
     pieces: of ALIGNED elements, in a row.
 
-    In a tile elements come before rows: along the first dimension Triton gives neighbours to
-    neighbouring threads, where it doesn't know how they lie, as with bytes that may be mirrored.
+    A tile has one dimension, row after row: Triton doesn't know how bytes lie that may be mirrored,
+    and of two dimensions would have to guess along which neighbours are a thread's neighbours.
     """
     L = pieces * ALIGNED  # which tells the compiler how rows and their ends are aligned
     block = tl.program_id(0) % blocks
     band = tl.program_id(0) // blocks % bands
     i = (tl.program_id(0) // blocks // bands).to(tl.int64)
-    element = block * BL + tl.arange(0, BL)
-    center = tl.load(numbers + element % C)[:, None]
-    scale = tl.load(numbers + C + element % C)[:, None]
+    place_in_tile = tl.arange(0, BH * BL)
+    element = block * BL + place_in_tile % BL
+    center = tl.load(numbers + element % C)
+    scale = tl.load(numbers + C + element % C)
     lam = tl.load(numbers + 2 * C + i)
     place = places + i * _WORDS
     first, stride, offset = _crop(place, element, C)
     first_other, stride_other, offset_other = _crop(place + 3, element, C)
     for at in range(band * rows, tl.minimum(band * rows + rows, height), BH):
-        row = at + tl.arange(0, BH)
-        inside = (element < L)[:, None] & (row < height)[None, :]
+        row = at + place_in_tile // BL
+        inside = (element < L) & (row < height)
         value = _read(first, stride, offset, row, inside)
         if first_other != 0:
             other = _read(first_other, stride_other, offset_other, row, inside)
@@ -79,8 +80,7 @@ def _mixup_kernel(
         else:
             value = value - center
         start = (i * height + row) * L
-        value = (value * scale).to(y.dtype.element_ty)
-        tl.store(y + start[None, :] + element[:, None], value, mask=inside)
+        tl.store(y + start + element, (value * scale).to(y.dtype.element_ty), mask=inside)
 
 
 def forward(

@@ -4,9 +4,6 @@ Its results are tested in tests/ops/test_mixup.py, by Triton's interpreter and o
 """
 
 import collections
-import re
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ triton = pytest.importorskip("triton")
 
 from bit_kernels.triton import _launch  # noqa: E402
 from bit_kernels.triton import mixup as kernels  # noqa: E402
+from bit_kernels.triton import static  # noqa: E402
 
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs BIT_KERNELS_INTERPRET=1")
@@ -51,87 +49,32 @@ def record_meta(dtype, count=8, crop=(224, 224), channels=3):
 
 # ---- what it is compiled to
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-}
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-
-def compile_for(launch, *target):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = launch.kernel.arg_names
-    signature, attributes = dict.fromkeys(launch.constexprs, "constexpr"), {}
-    for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        tensor = isinstance(value, torch.Tensor)
-        signature[name] = TYPES[value.dtype] if tensor else "i32"
-        if tensor or value % 16 == 0:
-            attributes[place,] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=launch.kernel,
-        signature={name: signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in launch.constexprs.items()},
-        attrs=attributes,
-    )
-    return triton.compile(source, target=GPUTarget(*target), options=launch.options)
-
-
-def instructions(kernel, path):
-    """How often each memory instruction is in it, and its registers and bytes of stack."""
-    path.write_bytes(kernel.asm["cubin"])
-    dump = subprocess.run(
-        [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True
-    ).stdout
-    code = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", dump)}
-    return collections.Counter(re.findall(r"\b((?:LD|ST)[GLS][.\w]*)", code)), usage
-
-
 # Bits of the widest store: whole tiles of 224 x 3 and 196 x 3 elements, the latter's rows beginning
 # at multiples of 4 elements; rows of 13 x 3 begin anywhere.
 CROPS = {(224, 224): (128, 128), (196, 196): (128, 64), (11, 13): (32, 16)}
 
 
 @compiled
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("target", static.TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("crop", CROPS, ids=str)
-def test_code_for_nvidia(crop, dtype, architecture, tmp_path):
-    kernel = compile_for(record_meta(dtype, crop=crop), "cuda", architecture, 32)
-    code, usage = instructions(kernel, tmp_path / "kernel.cubin")
-    assert usage["STACK"] == 0 and not any(name[:3] in ("LDL", "STL") for name in code)
-    assert usage["REG"] <= 128  # 16 warps a multiprocessor: 32 bytes in flight for each thread
-    stores = {name for name in code if name.startswith("STG")}
-    width = CROPS[crop][dtype != torch.float32]
-    assert stores == {f"STG.E{ {128: '.128', 64: '.64', 32: '', 16: '.U16'}[width] }"}
-    # Neighbouring threads read neighbouring bytes, into the places from where they are stored.
-    layouts = re.findall(r"tensor<\d+x\d+x!tt.ptr<\w+>, (#\w+)>", kernel.asm["ttgir"])
-    assert len(set(layouts)) == 1
-    (threads,) = re.findall(rf"{layouts[0]} = .*threadsPerWarp = \[(\d+), 1\]", kernel.asm["ttgir"])
-    assert threads == "32"
+def test_what_the_compiler_makes(crop, dtype, target):
+    code = static.compile_launch(record_meta(dtype, crop=crop), target)
+    assert code.stack == code.spills == 0
+    assert code.registers <= 128  # 16 warps a multiprocessor: 32 bytes in flight for each thread
+    assert {bits for kind, bits in code.widths if kind == "store"} == {
+        CROPS[crop][dtype != torch.float32]
+    }
+    assert code.shared == 0  # bytes are read by the threads that write what becomes of them
 
 
 @compiled
 @pytest.mark.parametrize("crop", [(1, 1), (32, 32), (480, 480)], ids=str)
 @pytest.mark.parametrize("channels", [1, 2, 4, 19])
-def test_other_channels_and_sizes(channels, crop, tmp_path):
-    kernel = compile_for(record_meta(torch.bfloat16, 8, crop, channels), "cuda", 90, 32)
-    code, usage = instructions(kernel, tmp_path / "kernel.cubin")
-    assert usage["STACK"] == 0 and usage["REG"] <= 128
-    assert any("128" in name for name in code) == (crop != (1, 1))
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_code_for_amd(dtype):
-    code = compile_for(record_meta(dtype), "hip", "gfx942", 64).asm["amdgcn"]
-    assert int(re.search(r"\.vgpr_spill_count: +(\d+)", code)[1]) == 0
-    assert int(re.search(r"\.private_segment_fixed_size: +(\d+)", code)[1]) == 0
-    assert "global_store_dwordx4" in code
+def test_other_channels_and_sizes(channels, crop):
+    code = static.compile_launch(record_meta(torch.bfloat16, 8, crop, channels), "sm_90")
+    assert code.stack == code.spills == 0 and code.registers <= 128
+    assert (code.widest("store") == 128) == (crop != (1, 1))
 
 
 @pytest.mark.parametrize("count, programs", [(1, 84), (8, 672), (4096, 12288)])

@@ -1,7 +1,6 @@
 """Many tensors in one launch: which program works on what, what is uploaded, what is compiled."""
 
 import re
-import subprocess
 from collections import Counter
 
 import pytest
@@ -12,7 +11,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from bit_kernels.triton import _rows, _tables, sgd, standardize_weight  # noqa: E402
+from bit_kernels.triton import _rows, _tables, sgd, standardize_weight, static  # noqa: E402
 from bit_kernels.triton._launch import launch, recording  # noqa: E402
 
 runs = pytest.mark.skipif(BACKEND != "triton", reason="BIT_KERNELS_INTERPRET=1 or a GPU runs them")
@@ -263,53 +262,21 @@ def test_launches_are_recorded_from_meta_tensors():
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("columns", [64, 147, 1152, 4608, 18432])
-def test_what_the_compiler_makes(columns, capability, tmp_path):
-    """No spills, no product fused into a sum, and 16 bytes at a time where rows are aligned."""
+def test_what_the_compiler_makes(columns, target):
+    """No spills, no product fused into a sum, and 128 bits at a time where rows are aligned."""
     for recorded in launches_of(columns):
-        code = compiled(recorded, capability)
-        name, ptx = recorded.kernel.fn.__name__, code.asm["ptx"]
-        assert machine_code(code, tmp_path) == (0, 0), name
+        compiled = static.compile_launch(recorded, target)
+        assert compiled.stack == compiled.spills == 0, compiled
         # What isn't said to be rounded (rn) the assembler may fuse.
+        ptx = static.machine_code_of(recorded, target).asm["ptx"]
         rounded = set(re.findall(r"\b(?:add|sub|mul)\S*\.f32\b", ptx))
-        assert rounded and rounded <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32"}, name
-        if columns != 147 and name != "_norm_kernel":
+        assert rounded and rounded <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32"}, compiled
+        if columns != 147 and compiled.kernel != "norm_kernel":
             # Beside the tables' 64 bits, mean and rstd are read and written, a value a row.
-            widths = Counter(re.findall(r"(?:ld|st)\.global\S*?\.((?:v\d\.)?b\d+) ", ptx))
-            assert set(widths) <= {"v4.b32", "b64", "b32"}, name
-            assert widths["v4.b32"] >= 3 and widths["b32"] <= 6, (name, widths)
-
-
-def compiled(recorded, capability):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-    names = recorded.kernel.arg_names
-    signature, constants, aligned = dict.fromkeys(names, "constexpr"), {}, {}
-    for i, (name, arg) in enumerate(zip(names, recorded.args, strict=False)):
-        if isinstance(arg, torch.Tensor):
-            signature[name] = types[arg.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(arg, float) else "i32"
-    for name, value in recorded.constexprs.items():
-        constants[(names.index(name),)] = value
-    source = ASTSource(recorded.kernel, signature, constants, aligned)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options=recorded.options)
-
-
-def machine_code(code, folder) -> tuple[int, int]:
-    """Bytes of a thread's stack, and instructions that use it."""
-    from triton import knobs
-
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(code.asm["cubin"])
-
-    def read(tool, option):
-        command = [tool.path, option, str(binary)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    stack = re.search(r"STACK:(\d+)", read(knobs.nvidia.cuobjdump, "--dump-resource-usage"))
-    return int(stack[1]), len(re.findall(r"\b(?:LDL|STL)\b", read(knobs.nvidia.nvdisasm, "-c")))
+            widths = Counter()
+            for access, number in compiled.accesses.items():
+                widths[access.bits] += number
+            assert set(widths) <= {128, 64, 32}, compiled
+            assert widths[128] >= 3 and widths[32] <= 6, compiled

@@ -46,6 +46,13 @@ def _read(first, stride, offset, row, inside):
 
 
 @triton.jit
+def _in_rows(value, BH: tl.constexpr):
+    """BH times the same, one after the other."""
+    rows = tl.broadcast_to(value[None, :], (BH, value.shape[0]))
+    return tl.reshape(rows, (BH * value.shape[0],))
+
+
+@triton.jit
 def _mixup_kernel(
     places, numbers, y, height, pieces, rows, bands, blocks,
     C: tl.constexpr, BH: tl.constexpr, BL: tl.constexpr, ALIGNED: tl.constexpr,
@@ -64,8 +71,9 @@ def _mixup_kernel(
     i = (tl.program_id(0) // blocks // bands).to(tl.int64)
     place_in_tile = tl.arange(0, BH * BL)
     element = block * BL + place_in_tile % BL
-    center = tl.load(numbers + element % C)
-    scale = tl.load(numbers + C + element % C)
+    channel = (block * BL + tl.arange(0, BL)) % C
+    center = _in_rows(tl.load(numbers + channel), BH)
+    scale = _in_rows(tl.load(numbers + C + channel), BH)
     lam = tl.load(numbers + 2 * C + i)
     place = places + i * _WORDS
     first, stride, offset = _crop(place, element, C)

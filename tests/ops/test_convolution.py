@@ -5,11 +5,13 @@ import itertools
 
 import pytest
 import torch
-from checking import DTYPES, LAYOUTS, assert_as_good
+from checking import DTYPES, LAYOUTS, assert_as_good, of_the_cpu
 
 from bit_kernels import reference
 from bit_kernels.functional import Conv, Norm, norm_relu_conv
 from bit_kernels.ops._convolution import convolution_backward, plain
+
+pytestmark = of_the_cpu  # on GPUs it is cuDNN's
 
 IN_PARTS = "patches of 17 MB, in two parts"
 # (input, C_out, kernel, stride, padding, dilation, groups): a reason each.

@@ -259,16 +259,16 @@ class Unit(nn.Module):
         self.conv2 = StdConv2d(mid, mid, 3, stride=stride, padding=1, bias=False)
         self.norm3 = _norm(mid)
         self.conv3 = StdConv2d(mid, 4 * mid, 1, bias=False)
-        # Whatever reads the sum normalises it so.
-        self.next_norm = (_groups(4 * mid), self.norm1.eps)
+        # How each convolution's result is normalised by what reads it, the sum by whatever follows.
+        self.next_norms = [(norm.num_groups, norm.eps) for norm in (self.norm2, self.norm3)]
+        self.next_norms.append((_groups(4 * mid), self.norm1.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         # The projection takes the activated map, the identity (proj is None) the raw one.
-        y, shortcut = norm_relu_conv(x, self.norm1, self.conv1, self.proj)
-        (y,) = norm_relu_conv(y, self.norm2, self.conv2)
-        (y,) = norm_relu_conv(
-            y, self.norm3, self.conv3, residual=shortcut, next_norm=self.next_norm
-        )
+        norm2, norm3, after = self.next_norms
+        y, shortcut = norm_relu_conv(x, self.norm1, self.conv1, self.proj, next_norm=norm2)
+        (y,) = norm_relu_conv(y, self.norm2, self.conv2, next_norm=norm3)
+        (y,) = norm_relu_conv(y, self.norm3, self.conv3, residual=shortcut, next_norm=after)
         return y
 
 

@@ -188,7 +188,8 @@ def norm_relu_conv(
     norm: `GroupNorm` or nn.GroupNorm. convs: `StdConv2d` or nn.Conv2d; None gives the input itself,
         as the shortcut of a residual unit, and saves a pass over memory in backward.
     residual: added to the first convolution's result.
-    next_norm: groups and eps of the GroupNorm that reads that sum, to take its statistics with it.
+    next_norm: groups and eps of the GroupNorm that reads the first result, to take its statistics on
+        the way where that is possible.
 
     The modules themselves are called instead, one after the other, where one has hooks or a
     forward of its own, is of another class (wrapped, parametrized, quantized) or pads with

@@ -143,7 +143,7 @@ def gpu_forward(
     else:
         normalisation._check_statistics(input, mean, rstd)
     scaled = fused.coefficients(mean, rstd, weight, input.shape[1])
-    next_norm = (next_groups, next_eps) if residual is not None and next_groups else None
+    next_norm = (next_groups, next_eps) if next_groups else None
     outputs = []
     for conv, tile in zip(convs, tiles, strict=True):
         used, *_ = GPU.used_weight(conv, input.dtype)

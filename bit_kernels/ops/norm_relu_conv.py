@@ -7,8 +7,8 @@
 Convolutions are PyTorch's own. Kept for backward: x, float32 statistics and the parameters as they
 are; a and the standardized weights are computed again, a once for all convolutions. A convolution
 of `None` hands x on, as a residual unit's shortcut, whose gradient is added in the pass that writes
-the gradient of x. The residual sum takes the statistics that the next GroupNorm needs in the pass
-that it makes anyway.
+the gradient of x. Statistics that the next GroupNorm needs are taken in passes that are made anyway:
+the residual sum, and a convolution by the kernel that does all of a forward.
 
 Memory passes beside the convolutions: forward 2 (read x, write a; x a second time if its statistics
 aren't known), the sum 3; backward 2 for a and 3, or 4 with a shortcut (read x, da and dy, write dx).
@@ -44,7 +44,7 @@ from bit_kernels.ops._statistics import recall, remember
 # conv_tensors: of each convolution the weight, and the bias and the standardized weight if it has
 # them. geometry: stride, padding, dilation (2 numbers each), groups, has a bias, has a standardized
 # weight. weight_eps: negative where the weight isn't standardized. Statistics that weren't asked
-# for, or were given, come back empty.
+# for, or were given, or would take a pass of their own, come back empty.
 library.define(
     "norm_relu_conv(Tensor input, Tensor? mean, Tensor? rstd, Tensor? residual, Tensor? weight, "
     "Tensor? bias, Tensor[] conv_tensors, int num_groups, float eps, bool relu, int[] geometry, "
@@ -93,8 +93,9 @@ def norm_relu_conv(
         norm: num_groups must divide C.
         convs: what reads the normalised input; None stands for the input itself.
         residual: (N, C_out, H', W'), added to the first convolution's result.
-        next_norm: groups and eps of the GroupNorm that reads the sum: its statistics are taken with
-            the sum, and found by group_norm_relu and this function. Needs a residual.
+        next_norm: groups and eps of the GroupNorm that reads the first result, behind the residual:
+            where its statistics can be had on the way, in the sum or in a fused convolution,
+            group_norm_relu and this function find them. Changes no result.
         backend: None chooses; "cpp", "triton" or "reference" insists.
 
     Returns:
@@ -143,6 +144,8 @@ def _run(input, norm, convs, residual, next_norm, compiling, served_by):
             *stride, *padding, *dilation, groups, shift is not None, standardized is not None
         )  # fmt: skip
         weight_eps.append(-1.0 if kernel_eps is None else kernel_eps)
+    if compiling:  # a graph has nowhere to keep statistics
+        next_norm = None
     rest = (num_groups, eps, relu, geometry, weight_eps, *(next_norm or (0, 0.0)))
     statistics = (None, None)
     if not compiling:
@@ -162,7 +165,7 @@ def _run(input, norm, convs, residual, next_norm, compiling, served_by):
         )
     if shortcut is not None and (compiling or not torch.is_grad_enabled()):
         outputs = [*outputs[:shortcut], input, *outputs[shortcut:]]
-    if next_norm is not None and not compiling:
+    if next_norm is not None and next_statistics[0].numel():
         remember(outputs[0], *next_norm, *next_statistics)
     return outputs
 
@@ -176,8 +179,18 @@ def _check_use(convs, residual, next_norm):
         )
     if residual is not None and convs[0] is None:
         raise ValueError("residual is added to the first of convs, which is None")
-    if residual is None and next_norm is not None:
-        raise ValueError(f"next_norm is {next_norm}; without a residual it must be None")
+    if next_norm is not None and convs[0] is None:
+        raise ValueError(f"next_norm is {next_norm}, of the first of convs, which is None")
+    if next_norm is not None:
+        _check_next_norm(convs[0].weight.shape[0], next_norm)
+
+
+def _check_next_norm(channels, next_norm):
+    if next_norm[0] <= 0 or channels % next_norm[0] != 0:
+        raise ValueError(
+            f"next_norm has {next_norm[0]} groups; it must divide the first result's {channels} "
+            "channels"
+        )
 
 
 def _check(input, norm, convs, residual, next_norm):
@@ -187,10 +200,12 @@ def _check(input, norm, convs, residual, next_norm):
     for at, conv in enumerate(convs):
         if conv is not None:
             _check_conv(f"convs[{at}]", input, conv)
-    if residual is None:
+    if convs[0] is None:
         return
     shape = convs[0].output_shape(input)
-    if (
+    if next_norm is not None:
+        _check_next_norm(shape[1], next_norm)
+    if residual is not None and (
         tuple(residual.shape) != shape
         or residual.device != input.device
         or residual.dtype != input.dtype
@@ -199,10 +214,6 @@ def _check(input, norm, convs, residual, next_norm):
             f"residual has shape {tuple(residual.shape)} and is {residual.dtype} on "
             f"{residual.device}; with this input and convolution it must be {shape}, "
             f"{input.dtype} on {input.device}"
-        )
-    if next_norm is not None and (next_norm[0] <= 0 or shape[1] % next_norm[0] != 0):
-        raise ValueError(
-            f"next_norm has {next_norm[0]} groups; it must divide the sum's {shape[1]} channels"
         )
 
 
@@ -353,7 +364,7 @@ def _fake(
     return (
         outputs,
         *(none if mean is not None else normalisation.empty_statistics(input, num_groups)),
-        *(normalisation.empty_statistics(input, next_groups)),
+        *normalisation.empty_statistics(input, 0 if residual is None else next_groups),
     )
 
 

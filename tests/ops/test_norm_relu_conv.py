@@ -476,10 +476,14 @@ def test_torch_func():
             dict(residual=torch.ones(2, 2, 4, 4).double()),
             f"torch.float64 on {DEVICE}.*; with this input",
         ),
-        (dict(next_norm=(2, 1e-5)), "without a residual it must be None"),
+        (
+            dict(convs=[None, Conv(torch.ones(2, 8, 1, 1))], next_norm=(2, 1e-5)),
+            "next_norm is .*, of the first of convs, which is None",
+        ),
+        (dict(next_norm=(3, 1e-5)), "next_norm has 3 groups; it must divide the first result's 2"),
         (
             dict(residual=torch.ones(2, 2, 4, 4), next_norm=(3, 1e-5)),
-            "next_norm has 3 groups; it must divide the sum's 2 channels",
+            "next_norm has 3 groups; it must divide the first result's 2 channels",
         ),
     ],
 )

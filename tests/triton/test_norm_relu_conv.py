@@ -220,6 +220,19 @@ def test_known_statistics_are_used_and_next_ones_given(kernels):
     assert (off - right).abs().max() > 1e-2 and kernels == [12, 8, 4, 4]
 
 
+def test_statistics_without_a_residual_come_from_the_fused_kernel_alone(kernels):
+    tensors, _ = leaves(torch.float32)
+    for residual in (tensors["residual"], None):
+        with gpu.insist_fused():
+            (y, *_) = call(norm_relu_conv, tensors | {"residual": residual}, next_norm=(3, 1e-5))
+        mean, rstd = norms.statistics(y.detach(), 3, 1e-5)
+        assert torch.allclose(y._group_statistics.mean, mean, atol=1e-6)
+        assert torch.allclose(y._group_statistics.rstd, rstd, rtol=1e-5)
+        (y, *_) = call(norm_relu_conv, tensors | {"residual": residual}, next_norm=(3, 1e-5))
+        assert hasattr(y, "_group_statistics") == (residual is not None)
+    assert kernels == [12, 8, 12, 8]
+
+
 @pytest.mark.parametrize("next_norm", [None, (4, 1e-5)])
 def test_compiled_graphs_call_the_fused_kernel(next_norm, kernels):
     tensors, _ = leaves(torch.float32)
@@ -244,9 +257,9 @@ def test_a_unit_of_the_network(layout, kernels):
         leaf = LAYOUTS[layout](x.to(dtype)).requires_grad_()
         if insist:
             with gpu.insist_fused():
-                y = group_norm_relu(module(leaf), *module.next_norm[:1])
+                y = group_norm_relu(module(leaf), module.next_norms[-1][0])
         else:
-            y = group_norm_relu(module(leaf), *module.next_norm[:1])
+            y = group_norm_relu(module(leaf), module.next_norms[-1][0])
         runs.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])])
     assert kernels == ([8, 32, 8, 32] if layout == "channels_last" else [])
     for ours, right in zip(*runs, strict=True):

@@ -7,12 +7,15 @@ so that a broken kernel or a full memory ends one part, and what was measured be
 A part that is cut off by its limit, or for which no time is left, is named but not red.
 
 Leaves in the folder --out (default: $OUT, else benchmarks/results) a CSV and a picture a suite, the
-log gpu.log with all output, and the summary gpu-GPU.md. Exit status: 0, or 1 if anything is red.
+log gpu.log with all output, and the summary gpu-GPU.md. The part tune measures which convolutions
+are faster fused, writes that into the table by which norm_relu_conv chooses from then on, and leaves
+a copy; the part step_tuned shows what it brings. Exit status: 0, or 1 if anything is red.
 
 Examples:
   python benchmarks/gpu.py                          all of it in 9 minutes
   python benchmarks/gpu.py --only build step        two parts
   python benchmarks/gpu.py --skip tests --minutes 4
+  python benchmarks/gpu.py --only tune step_tuned   the fused convolution, in 6 minutes
 """
 
 import argparse
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "bit_kernels" / "triton" / "norm_relu_conv.csv"
 PYTHON = sys.executable
 PATIENCE = 12  # seconds in which a part that was interrupted writes down what it has
 CUT_OFF = -1  # status of a part whose time was over
@@ -89,6 +93,23 @@ PARTS = (
         90,
         60,
         "ops",
+    ),
+    Part("tune", ("-m", "bit_kernels.triton.tune"), 300),
+    Part(
+        "step_tuned",
+        (
+            "--filter",
+            "R50x1",
+            "224x224",
+            "--dtype",
+            "bfloat16",
+            "--rivals",
+            "bit/channels_last",
+            "conv_only/channels_last",
+        ),
+        60,
+        30,
+        "step",
     ),
     Part("sanitize", ("-m", "benchmarks", "ops", "--device", "cuda", "--sanitize"), 200),
 )
@@ -154,6 +175,8 @@ def _run(options: argparse.Namespace, out: Path, log: Log, deadline: float) -> i
             unfinished.append(part.name)
         elif status:
             red.append(f"{part.name} (status {status})")
+        if part.name == "tune":
+            shutil.copy(TABLE, out)
         _summarise(out, gpu, log if part.suite else None)
     if options.few_files:
         _pack_pictures(out)

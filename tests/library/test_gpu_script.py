@@ -119,6 +119,17 @@ def test_green_is_zero_and_parts_can_be_chosen(parts, tmp_path, monkeypatch):
     assert "nothing is red" in log and "status 1" not in log
 
 
+def test_the_tuned_table_is_among_the_results(parts, tmp_path, monkeypatch):
+    table = tmp_path / "checkout" / "norm_relu_conv.csv"
+    table.parent.mkdir()
+    parts["tune"] = f"open({str(table)!r}, 'w').write('measured')"
+    monkeypatch.setattr(gpu, "TABLE", table)
+    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("tune", (), 60),))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "tune", "--out", str(tmp_path)])
+    assert gpu.main() == 0
+    assert (tmp_path / table.name).read_text() == "measured"
+
+
 def test_what_there_is_no_time_for_is_named(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--minutes", "0.1"])
     assert gpu.main() == 0

@@ -34,7 +34,7 @@ def check_folder(folder: Path, config: Any, *, resume: bool) -> None:
             "--out another folder, or remove this one"
         )
     earlier = json.loads(file.read_text(encoding="utf-8"))
-    if changed := differences(earlier, json.loads(_text(config))):
+    if changed := differences(earlier, json.loads(_text(config)), _defaults(config)):
         raise ValueError(
             f"resume is True, but the run in {str(folder)!r} was started with other settings: "
             + "; ".join(changed)
@@ -47,14 +47,31 @@ def write_config(folder: Path, config: Any) -> None:
     (folder / "config.json").write_text(_text(config), encoding="utf-8")
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the settings, "name: earlier -> now", whose change forbids a resume."""
-    before, after = _leaves(earlier), _leaves(now)
+def differences(
+    earlier: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]
+) -> list[str]:
+    """List the settings, "name: earlier -> now", whose change forbids a resume.
+
+    A setting that the earlier run didn't know yet had its default's effect.
+    """
+    before, after = _leaves(defaults) | _leaves(earlier), _leaves(now)
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name) and name.rpartition(".")[2] not in RESUMABLE
     ]
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Of a dataclass tree, as far as its settings have any."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = _defaults(value)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return found
 
 
 def _text(config: Any) -> str:

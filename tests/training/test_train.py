@@ -303,6 +303,21 @@ def test_resume_refuses_other_settings_by_name(straight, dataset):
     assert train.run(harmless, dataset) == straight
 
 
+def test_resume_of_a_run_that_did_not_know_a_setting_yet(straight, dataset):
+    """It ran as the default does."""
+    file = Path(straight.folder) / "config.json"
+    text = file.read_text()
+    earlier = json.loads(text)
+    del earlier["run"]["deterministic"], earlier["run"]["compile"]
+    try:
+        file.write_text(json.dumps(earlier))
+        train.run(tiny(straight.folder, resume=True), dataset)
+        with pytest.raises(ValueError, match="run.compile: False -> True"):
+            train.run(tiny(straight.folder, resume=True, compile=True), dataset)
+    finally:
+        file.write_text(text)
+
+
 def test_resume_refuses_other_images(dataset, tmp_path, monkeypatch):
     at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(train.Stopped):

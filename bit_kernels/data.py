@@ -59,9 +59,10 @@ class Mixup:
 
     **Memory is reused**: images lie in one of `slots` buffers, taken in turn, and are valid until
     the same buffer's turn comes. A DataLoader with workers needs prefetch_factor + 2 of them, which
-    the default allows for; a list of all batches needs `slots=0`, a new tensor each. The buffers
-    are pinned where CUDA is used, and in a worker process they are shared memory, so that a batch
-    gets to the training process without a copy. On a GPU each batch is a new tensor.
+    the default allows for; a list of all batches needs `slots=0`, a new tensor each. In a worker
+    process the buffers are shared memory, so that a batch gets to the training process without a
+    copy. Without workers, where CUDA is used, each batch is new pinned memory, which PyTorch reuses
+    when the copies from it are done. On a GPU each batch is a new tensor, too.
 
     **On a GPU**: with `device="cuda"`, or for images that lie there, a batch is made on the GPU, in
     the process that trains, and nothing waits for it. So a data set that fits into the GPU's memory
@@ -132,7 +133,7 @@ class Mixup:
         self.mean, self.std, self.dtype, self.seed, self.slots = mean, std, dtype, seed, slots
         self.device = None if device is None else torch.device(device)
         # Epoch and whether it trains, where worker processes that live on see them change.
-        self._state = torch.tensor([0, 1]).share_memory_()
+        self._state = torch.tensor([0, 1], device="cpu").share_memory_()
         self._forget()
 
     def set_epoch(self, epoch: int) -> None:
@@ -271,13 +272,16 @@ class Mixup:
         slot = next(self._turns) % self.slots
         n, channels, height, width = shape
         elements = n * channels * height * width
-        buffer = self._ring[slot]
+        in_worker = get_worker_info() is not None
+        if torch.cuda.is_available() and not in_worker:
+            # PyTorch gives pinned memory away again, once the copies from it are done.
+            buffer = torch.empty(elements, dtype=self.dtype, device="cpu", pin_memory=True)
+        else:
+            buffer = self._ring[slot]
         if buffer is None or len(buffer) < elements:
-            in_worker = get_worker_info() is not None
-            pinned = not in_worker and torch.cuda.is_available()
-            buffer = torch.empty(elements, dtype=self.dtype, pin_memory=pinned)
-            self._ring[slot] = buffer.share_memory_() if in_worker else buffer
-        return self._ring[slot][:elements].view(n, height, width, channels).permute(0, 3, 1, 2)
+            buffer = torch.empty(elements, dtype=self.dtype, device="cpu")
+            self._ring[slot] = buffer = buffer.share_memory_() if in_worker else buffer
+        return buffer[:elements].view(n, height, width, channels).permute(0, 3, 1, 2)
 
     def _forget(self) -> None:
         self._ring, self._process, self._turns = [], None, itertools.count()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bit_kernels.ops._layout import empty_output, memory_format
-from bit_kernels.ops._library import library
+from bit_kernels.ops._library import UNCAPTURED, library
 
 library.define(
     "group_norm_relu_cuda(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps, "
@@ -26,9 +26,12 @@ library.define(
 library.define(
     "sgd_cuda(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, "
     "Tensor(c!)[] standardized, float lr, float momentum, float dampening, float weight_decay, "
-    "bool nesterov, bool maximize, bool fresh, bool project, float eps) -> ()"
+    "bool nesterov, bool maximize, bool fresh, bool project, float eps) -> ()",
+    tags=UNCAPTURED,
 )
-library.define("sgd_gradient_norm_cuda(Tensor[] weights, Tensor[] grads, float eps) -> Tensor")
+library.define(
+    "sgd_gradient_norm_cuda(Tensor[] weights, Tensor[] grads, float eps) -> Tensor", tags=UNCAPTURED
+)
 
 group_norm_relu = torch.ops.bit_kernels.group_norm_relu_cuda.default
 group_norm_relu_backward = torch.ops.bit_kernels.group_norm_relu_backward_cuda.default

@@ -12,6 +12,10 @@ from bit_kernels.backends import choose
 
 library = torch.library.Library("bit_kernels", "DEF")
 
+# Of ops whose kernels read tables of addresses: torch.compile's own CUDA graphs, which allow no memory
+# that outlives them, leave these out.
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+
 # What PyTorch and the kernels raise for arguments that don't fit.
 REFUSALS = (ArithmeticError, LookupError, RuntimeError, ValueError)
 

@@ -7,10 +7,12 @@ in place) nothing is found, and the statistics are taken again.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class _Statistics(NamedTuple):
+    captured: bool
     version: int
     num_groups: int
     eps: float
@@ -22,12 +24,20 @@ def remember(tensor: Tensor, num_groups: int, eps: float, mean: Tensor, rstd: Te
     """mean and rstd (N, num_groups) are those of `tensor` as it is now."""
     if tensor.is_inference():  # a change in place would go unseen
         return
-    tensor._group_statistics = _Statistics(tensor._version, num_groups, eps, mean, rstd)
+    tensor._group_statistics = _Statistics(
+        _in_capture(tensor), tensor._version, num_groups, eps, mean, rstd
+    )
 
 
 def recall(tensor: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor] | None:
     """mean and rstd of these groups of `tensor`, if they are known and still true."""
     known = getattr(tensor, "_group_statistics", None)
-    if known is None or known[:3] != (tensor._version, num_groups, eps):
+    if known is None or known[1:4] != (tensor._version, num_groups, eps):
+        return None
+    if _in_capture(tensor) and not known.captured:  # a replay may find another tensor there
         return None
     return known.mean, known.rstd
+
+
+def _in_capture(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -213,7 +213,8 @@ def _crops(
 ) -> Tensor:
     """(N, h, w, C) on `device` of images that it can't read, by way of pinned memory."""
     shape = len(images), *crop, images[0].shape[-1]
-    crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    crops = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for place, image, (top, left) in zip(crops.numpy(), images, corners, strict=True):
         place[:] = image[top : top + crop[0], left : left + crop[1]]
     return crops.to(device, non_blocking=True)

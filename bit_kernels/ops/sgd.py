@@ -26,14 +26,17 @@ from torch import Tensor
 from bit_kernels import reference
 from bit_kernels.backends import choose
 from bit_kernels.ops import _cuda
-from bit_kernels.ops._library import gpu_kernels, implement, library
+from bit_kernels.ops._library import UNCAPTURED, gpu_kernels, implement, library
 
 library.define(
     "sgd(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] standardized, "
     "float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
-    "bool fresh, bool project, float eps) -> ()"
+    "bool fresh, bool project, float eps) -> ()",
+    tags=UNCAPTURED,
 )
-library.define("sgd_gradient_norm(Tensor[] weights, Tensor[] grads, float eps) -> Tensor")
+library.define(
+    "sgd_gradient_norm(Tensor[] weights, Tensor[] grads, float eps) -> Tensor", tags=UNCAPTURED
+)
 _op = torch.ops.bit_kernels.sgd.default
 _norm_op = torch.ops.bit_kernels.sgd_gradient_norm.default
 

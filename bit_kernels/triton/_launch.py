@@ -66,12 +66,25 @@ def launch(
     if noted is not None:
         noted.append(Launch(kernel, grid, args, constexprs, options))
         return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    for tensor in tensors:
+        check_memory(tensor)
+    device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constexprs, **options)
     else:
         kernel[grid](*args, **constexprs, **options)
+
+
+def check_memory(tensor: Tensor) -> None:
+    """Raises ValueError for one that only stands for others, as a DTensor does: a kernel would read
+    at address 0."""
+    if tensor.data_ptr() == 0 and tensor.numel() > 0:
+        raise ValueError(
+            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory of its own; "
+            "kernels need plain tensors, such as its local part"
+        )
 
 
 @functools.cache
@@ -95,6 +108,11 @@ def device_name(device: torch.device) -> str:
 def cache_bytes(device: torch.device) -> int:
     """Size of the L2 cache; an H100's where there is no GPU."""
     return _properties(device.index).L2_cache_size if device.type == "cuda" else 50 << 20
+
+
+def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As kernels read what belongs to channels and groups: in one run of memory."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def power_of_2(number: int) -> int:

@@ -12,11 +12,13 @@ shapes or addresses differ from those of earlier ones, through pinned memory and
 - A table belongs to the stream that it was uploaded on, and is found again there only. So kernels
   read it after the upload, and where the cache drops it, its memory goes to later work of that stream.
 - A CUDA graph that is captured reads its tables when it is replayed, and uploads them again from the
-  same pinned memory. Those of a capture are therefore its own, and kept for good (some kB for each
-  capture, since nobody tells when a graph ends): no later call finds, changes or frees them.
+  same pinned memory. Those of a capture are therefore its own, and kept for good, since nobody tells
+  when a graph ends: no later call finds, changes or frees them. They are some kB, but in the graph's
+  pool of memory, of which they keep a block of 2 MiB for each capture.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bit_kernels.ops._layout import memory_format
-from bit_kernels.triton._launch import ceil_div, multiprocessors, power_of_2
+from bit_kernels.triton._launch import ceil_div, check_memory, multiprocessors, power_of_2
 
 HELD = 8192  # columns of the longest rows that a program holds in registers
 TILE = 2048  # elements of the tiles of shorter rows, and columns of the pieces of longer ones
@@ -105,8 +107,11 @@ class Tile(NamedTuple):
         an occupancy that it prefers. Unaligned elements are masked one by one, which takes more.
         """
         warps = min(16, max(4, self.BR * self.BK // (32 * _PER_THREAD)))
-        fits = align > 1 and self.BR * self.BK <= 32 * _PER_THREAD * warps
-        return dict(num_warps=warps, registers=64 if fits else 128, contract=False)
+        if align == 1 or self.BR * self.BK > 32 * _PER_THREAD * warps:
+            registers = 128
+        else:
+            registers = 64 if self.WHOLE else 80
+        return dict(num_warps=warps, registers=registers, contract=False)
 
     @classmethod
     def of(cls, columns: int) -> "Tile":
@@ -159,6 +164,9 @@ def table(roles: Sequence[Sequence[Tensor]], whole_rows: bool = True) -> Table:
         shapes.append((rows, columns, alignment(columns if whole_rows else rows, tensors)))
     addresses = tuple(t.data_ptr() for tensors in zip(*roles) for t in tensors)
     device = first.device
+    if 0 in addresses and device.type != "meta":
+        for tensor in itertools.chain(*roles):
+            check_memory(tensor)
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_current_stream_capturing():
@@ -184,7 +192,7 @@ def _upload(values: list[int], device: torch.device) -> tuple[Tensor, Tensor | N
         return torch.empty(len(values), dtype=torch.int64, device=device), None
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device), None
-    source = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+    source = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
     return source.to(device, non_blocking=True), source
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bit_kernels.ops._layout import memory_format
 from bit_kernels.triton import group_norm_relu_kernels as kernels
-from bit_kernels.triton._launch import ceil_div, launch, multiprocessors, power_of_2
+from bit_kernels.triton._launch import ceil_div, launch, multiprocessors, power_of_2, vectors
 
 # Elements of a tensor that a program holds, so that two programs and more share a multiprocessor's
 # registers; backward holds two tensors.
@@ -157,6 +157,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """output, and mean and rstd (N, num_groups) in float32."""
     x = _lay_out(input, input)
+    weight, bias = vectors(weight, bias)
     shape = _Shape.of(x, num_groups)
     held = shape.held(_HELD_FORWARD)
     tile = held or shape.swept()
@@ -170,30 +171,34 @@ def forward(
         kernels.forward_swept_kernel if held is None else kernels.forward_held_kernel,
         (shape.N * blocks if x.numel() else 0,),
         x, weight, bias, output, mean, rstd, shape.C, shape.P, num_groups, shape.count, eps, blocks,
-        **tile, **shape.layout, RELU=relu, num_warps=_warps(tile, held is not None, 1, shape.vector),
+        **tile, **shape.layout, RELU=relu, **_options(tile, held is not None, 1, shape.vector),
     )  # fmt: skip
     return output, mean, rstd
 
 
-def _warps(tile: dict[str, int], is_held: bool, tensors: int, vector: int) -> int:
-    """Of a program: a thread has 16 elements of a tile, or holds 8 vectors of all tensors; where they
-    are vectors, so many that two programs share a multiprocessor."""
+def _options(
+    tile: dict[str, int], is_held: bool, tensors: int, vector: int
+) -> dict[str, int | None]:
+    """Warps and registers: a thread has 16 elements of a tile, or holds 8 vectors of all tensors and,
+    where they are vectors, as many registers as leave room for a second program."""
     elements = tile["BP"] * tile["BG"] * tile["D2"]
     threads = elements * tensors // (8 * vector) if is_held else elements // 16
-    return min(8 if vector > 1 else 16, max(4, threads // 32))
+    warps = min(8 if vector > 1 else 16, max(4, threads // 32))
+    return dict(num_warps=warps, registers=128 if is_held and warps == 8 and vector > 1 else None)
 
 
 def _empty_statistics(shape: _Shape) -> tuple[Tensor, Tensor]:
     # Where there are no pixels, nobody writes them.
     make = torch.empty if shape.P else torch.zeros
     size = shape.N, shape.num_groups
-    return make(size, device=shape.device), make(size, device=shape.device)
+    mean, rstd = (make(size, dtype=torch.float32, device=shape.device) for _ in range(2))
+    return mean, rstd
 
 
 def _statistics(x: Tensor, other: Tensor | None, shape: _Shape, eps: float):
     tile = shape.split()
     splits, rows = shape.splits(tile)
-    means, squares = torch.empty(2, shape.N, splits, shape.C, device=x.device)
+    means, squares = torch.empty(2, shape.N, splits, shape.C, dtype=torch.float32, device=x.device)
     launch(
         kernels.statistics_kernel, (shape.N * splits, ceil_div(shape.C, tile["BC"])),
         x, other, means, squares, shape.C, shape.P, splits, rows, **tile, **shape.layout,
@@ -251,6 +256,7 @@ def apply(
 ) -> Tensor:
     """The output for statistics (N, num_groups) that are known."""
     x = _lay_out(input, input)
+    mean, rstd, weight, bias = vectors(mean, rstd, weight, bias)
     shape = _Shape.of(x, mean.shape[1])
     output, tile = torch.empty_like(x), shape.split()
     splits, rows = shape.splits(tile)
@@ -275,11 +281,12 @@ def backward(
     """The gradients of input (plus grad_skip), weight and bias, those of both in float32."""
     x, grad_output = _lay_out(input, input), _lay_out(grad_output, input)
     grad_skip = None if grad_skip is None else _lay_out(grad_skip, input)
+    mean, rstd, weight, bias = vectors(mean, rstd, weight, bias)
     shape = _Shape.of(x, mean.shape[1])
     grad_input = torch.empty_like(x)
     # Without elements nobody writes the sums.
     make = torch.empty if x.numel() else torch.zeros
-    sums, sums_normal = make(2, shape.N, shape.C, device=x.device)
+    sums, sums_normal = make(2, shape.N, shape.C, dtype=torch.float32, device=x.device)
     held = shape.held(_HELD_BACKWARD)
     tile = held or shape.swept()
     numbers = shape.C, shape.P, shape.num_groups
@@ -290,13 +297,17 @@ def backward(
             (shape.N * blocks if x.numel() else 0,),
             grad_output, x, mean, rstd, weight, bias, grad_skip, grad_input, sums, sums_normal,
             *numbers, shape.count, blocks, **tile, **shape.layout, RELU=relu,
-            num_warps=_warps(tile, held is not None, 2, shape.vector),
+            **_options(tile, held is not None, 2, shape.vector),
         )  # fmt: skip
         return grad_input, *_parameter_gradients(sums, sums_normal, shape)
     tile = shape.split()
     splits, rows = shape.splits(tile)
-    parts, parts_normal = torch.empty(2, shape.N, splits, shape.C, device=x.device)
-    group_mean, group_mean_normal = torch.empty(2, *mean.shape, device=x.device)
+    parts, parts_normal = torch.empty(
+        2, shape.N, splits, shape.C, dtype=torch.float32, device=x.device
+    )
+    group_mean, group_mean_normal = torch.empty(
+        2, *mean.shape, dtype=torch.float32, device=x.device
+    )
     grid = shape.N * splits, ceil_div(shape.C, tile["BC"])
     launch(
         kernels.gradient_sums_kernel, grid,
@@ -313,12 +324,13 @@ def backward(
         kernels.input_gradient_kernel, grid,
         grad_output, x, mean, rstd, weight, bias, group_mean, group_mean_normal, grad_skip,
         grad_input, *numbers, splits, rows, D=shape.D, **tile, **shape.layout, RELU=relu,
+        registers=128 if shape.vector == 1 else None,  # masks one by one; else it may spill some
     )  # fmt: skip
     return grad_input, *_parameter_gradients(sums, sums_normal, shape)
 
 
 def _parameter_gradients(sums: Tensor, sums_normal: Tensor, shape: _Shape):
-    grad_weight = torch.empty(shape.C, device=sums.device)
+    grad_weight = torch.empty(shape.C, dtype=torch.float32, device=sums.device)
     grad_bias = torch.empty_like(grad_weight)
     launch(
         kernels.parameter_gradients_kernel, (ceil_div(shape.C, 16),),

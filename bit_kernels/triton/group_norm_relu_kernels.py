@@ -34,6 +34,8 @@ def _offsets(pixel, channel, C, P, CHANNELS_LAST: tl.constexpr, WIDE: tl.constex
 @triton.jit
 def _sum_of_groups(per_channel, D2: tl.constexpr, BG: tl.constexpr):
     """Sums of channels (BG * D2) over their groups, at each channel again."""
+    if BG == 1:  # one number, which takes one register
+        return tl.full((D2,), tl.sum(per_channel, 0), tl.float32)
     sums = tl.sum(tl.reshape(per_channel, (BG, D2)), 1)
     return tl.reshape(tl.broadcast_to(sums[:, None], (BG, D2)), (BG * D2,))
 
@@ -54,6 +56,22 @@ def _scale_and_shift(weight, bias, rstd, channel, exists):
 def _normal(x, mean, scale, shift):
     """The normalised x, before the ReLU. One formula, so that forward and backward mask alike."""
     return tl.fma(x - mean[None, :], scale[None, :], shift[None, :])
+
+
+@triton.jit
+def _statistics_of_groups(
+    blocks, mean, rstd, weight, bias, n, channel, exists, num_groups,
+    D: tl.constexpr, D2: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """`_statistics_of` the channels of `_groups_of_program`."""
+    if BG == 1:
+        statistic = n.to(tl.int64) * num_groups + tl.program_id(0) % blocks
+        center = tl.full((D2,), tl.load(mean + statistic), tl.float32)
+        spread = tl.full((D2,), tl.load(rstd + statistic), tl.float32)
+        scale, shift = _scale_and_shift(weight, bias, spread, channel, exists)
+        return center, spread, scale, shift
+    else:
+        return _statistics_of(mean, rstd, weight, bias, n, channel, exists, num_groups, D)
 
 
 @triton.jit
@@ -234,8 +252,8 @@ def backward_held_kernel(
     pixel = tl.arange(0, BP)
     inside = (pixel < P)[:, None] & exists[None, :]
     offsets = start + _offsets(pixel, channel, C, P, CHANNELS_LAST, WIDE)
-    center, spread, scale, shift = _statistics_of(
-        mean, rstd, weight, bias, n, channel, exists, num_groups, D
+    center, spread, scale, shift = _statistics_of_groups(
+        blocks, mean, rstd, weight, bias, n, channel, exists, num_groups, D, D2, BG
     )
     value = _load(x, offsets, inside)
     grad = _load_gradient(grad_output, value, offsets, inside, center, scale, shift, RELU)
@@ -287,8 +305,8 @@ def backward_swept_kernel(
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     n, start, channel, exists = _groups_of_program(blocks, C, P, num_groups, D, D2, BG)
-    center, spread, scale, shift = _statistics_of(
-        mean, rstd, weight, bias, n, channel, exists, num_groups, D
+    center, spread, scale, shift = _statistics_of_groups(
+        blocks, mean, rstd, weight, bias, n, channel, exists, num_groups, D, D2, BG
     )
     plain, along = _sweep_gradients(
         grad_output, x, start, 0, P, channel, exists, center, spread, scale, shift, C, P,

@@ -108,6 +108,11 @@ def forward(
     lam to std: as `functional.mixup`'s, none of them None, in NumPy arrays of full length.
     out: (M, C, h, w), channels_last.
     """
+    if out.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "mixup can't be captured in a CUDA graph: what it draws is in a table that is made anew "
+            "for each batch; capture what comes after"
+        )
     count, channels, height, width = out.shape
     length = width * channels
     if length >= 1 << 30:
@@ -154,7 +159,8 @@ def _places(images, corners, flips, width: int, channels: int) -> np.ndarray:
 def _to_device(words: np.ndarray, numbers: np.ndarray, device: torch.device):
     """Both in one copy. PyTorch doesn't give the pinned memory away before the copy is done."""
     size = words.size + ceil_div(numbers.size, 2)
-    host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
     host.numpy()[: words.size] = words.reshape(-1)
     host.numpy()[words.size :].view(np.float32)[: numbers.size] = numbers
     table = host.to(device, non_blocking=True)

@@ -36,7 +36,7 @@ from torch import Tensor
 from bit_kernels.ops._composition import Conv
 from bit_kernels.ops._layout import memory_format
 from bit_kernels.triton import group_norm_relu
-from bit_kernels.triton._launch import ceil_div, device_name, launch, power_of_2
+from bit_kernels.triton._launch import ceil_div, device_name, launch, power_of_2, vectors
 from bit_kernels.triton.group_norm_relu_kernels import _normal, _offsets, _scale_and_shift
 
 _GROUP = 8  # tiles of rows that go through all columns together, while the cache holds them
@@ -154,8 +154,8 @@ class Tile(NamedTuple):
         return cls(*map(int, text.split("x")))
 
 
-# Those that `tune` tries, for 16-bit types; float32 takes half of BK. No program spills registers:
-# the first ones on every GPU that the kernel is for, the rest on Hopper and newer.
+# Those that `tune` tries, for 16-bit types; float32 takes half of BK. In 16-bit types no program
+# spills registers: of the first on every GPU that the kernel is for, of the rest on Hopper and newer.
 DEFAULT = Tile(128, 128, 32, 8, 4)
 TILES = (
     DEFAULT,
@@ -183,8 +183,9 @@ def fitted(tile: Tile, C: int, C_out: int, P: int, itemsize: int) -> Tile:
 
 def coefficients(mean: Tensor, rstd: Tensor, gamma: Tensor | None, C: int) -> Tensor:
     """(2, N, C): the mean of each sample's channels, and rstd by gamma, from those of groups."""
+    mean, rstd, gamma = vectors(mean, rstd, gamma)
     N, num_groups = mean.shape
-    result = torch.empty(2, N, C, device=mean.device)
+    result = torch.empty(2, N, C, dtype=torch.float32, device=mean.device)
     BC = min(power_of_2(C), 512)
     blocks = ceil_div(C, BC)
     launch(
@@ -214,6 +215,7 @@ def convolve(
     weight: (C_out, C_in, kh, kw) in the input's dtype, as it is to be used. residual: like the output.
     """
     x, weight = _channels_last(input), _channels_last(weight)
+    beta, bias = vectors(beta, bias)
     residual = None if residual is None else _channels_last(residual)
     N, C, H, W = x.shape
     _, _, OH, OW = shape = Conv(weight, None, stride, padding, dilation).output_shape(x)
@@ -225,7 +227,7 @@ def convolve(
     output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     means = squares = None
     if next_norm is not None:
-        means, squares = torch.empty(2, N, tiles, C_out, device=x.device)
+        means, squares = torch.empty(2, N, tiles, C_out, dtype=torch.float32, device=x.device)
     launch(
         _kernel, (N * tiles * ceil_div(C_out, tile.BN),),
         x, *coefficients, beta, weight, bias, residual, output, means, squares,
@@ -233,7 +235,7 @@ def convolve(
         KH=KH, KW=KW, SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1],
         DH=dilation[0], DW=dilation[1], BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=_GROUP,
         RELU=relu, WIDE=max(H * W * C, P * C_out, weight.numel()) >= 1 << 31,
-        PRECISION=_precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=_precision(x.dtype, x.device), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     statistics = ()
     if next_norm is not None:
@@ -245,10 +247,16 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _precision(x: Tensor) -> str:
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
     """How float32 is multiplied, as torch's own convolutions are told to."""
-    allowed = x.dtype == torch.float32 and x.device.type == "cuda"
+    allowed = dtype == torch.float32 and device.type == "cuda"
     return "tf32" if allowed and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def dtype_name(dtype: torch.dtype, device: torch.device) -> str:
+    """What a convolution is measured as: "tf32" for float32 that is multiplied so."""
+    is_tf32 = _precision(dtype, device) == "tf32"
+    return "tf32" if is_tf32 else str(dtype).removeprefix("torch.")
 
 
 # ---- the choice
@@ -257,7 +265,7 @@ def _precision(x: Tensor) -> str:
 class Case(NamedTuple):
     """A convolution that was measured, or might be."""
 
-    dtype: str
+    dtype: str  # or "tf32", float32 that is multiplied so
     batch: int  # its class
     C_in: int
     C_out: int
@@ -275,7 +283,7 @@ class Case(NamedTuple):
         if conv.dilation != (1, 1) or any(a != b for a, b in sides):
             return None
         N, C, H, W = input.shape
-        dtype = str(input.dtype).removeprefix("torch.")
+        dtype = dtype_name(input.dtype, input.device)
         return cls(
             dtype, batch_class(N), C, conv.weight.shape[0], *(a for a, _ in sides), H, W, residual
         )

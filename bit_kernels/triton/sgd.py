@@ -259,9 +259,11 @@ def gradient_norms(weights: Sequence[Tensor], grads: Sequence[Tensor], eps: floa
     device = weights[0].device
     with _LaidOut(weights, [weights, grads], written=[False, False]) as roles:
         table = _tables.table(roles)
-        squares = torch.empty(sum(weight.shape[0] for weight in weights), device=device)
+        squares = torch.empty(
+            sum(weight.shape[0] for weight in weights), dtype=torch.float32, device=device
+        )
         _launch_groups(_squares_kernel, table, squares, eps)
-    norms = torch.zeros(len(weights), device=device)
+    norms = torch.zeros(len(weights), dtype=torch.float32, device=device)
     for group in table.groups:
         launch(
             _norm_kernel, (group.tensors,), group.shapes, squares, norms,

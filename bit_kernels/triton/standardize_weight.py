@@ -204,4 +204,5 @@ def _empty_statistics(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     # Of rows without elements nobody writes them.
     make = torch.empty if all(weight.numel() for weight in weights) else torch.zeros
     rows = sum(weight.shape[0] for weight in weights)
-    return make(rows, device=weights[0].device), make(rows, device=weights[0].device)
+    mean, rstd = (make(rows, dtype=torch.float32, device=weights[0].device) for _ in range(2))
+    return mean, rstd

@@ -77,7 +77,7 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, case: Case, batch: int, device: torch.device) -> "_Inputs":
-        dtype = getattr(torch, case.dtype)
+        dtype = getattr(torch, "float32" if case.dtype == "tf32" else case.dtype)
 
         def draw(*shape):
             drawn = torch.randn(shape, device=device).to(dtype)
@@ -230,14 +230,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.size < 1 or options.batch < 1:
         parser.error("--size and --batch must be at least 1")
+    available = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device() if available else 0)
+    dtype = fused.dtype_name(getattr(torch, options.dtype), device)
     try:
-        cases = network_cases(options.model, options.size, options.batch, options.dtype)
+        cases = network_cases(options.model, options.size, options.batch, dtype)
     except ValueError as error:
         parser.error(f"--{error}")
-    if not torch.cuda.is_available():
+    if not available:
         print("tune: there is no GPU here that torch can use; nothing measured", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
     measured = fused.read(options.output) if options.output.exists() else {}
     clock, wrong = gpu_clock(device), False
     for case in cases:

@@ -20,6 +20,9 @@ inline const char* in_words(cudaError_t error) {
   return complain("CUDA refused: %s", cudaGetErrorString(error));
 }
 
+// Tells what this file's kernels were compiled for.
+static __global__ void compiled_as_this_file() {}
+
 // What the kernels ask of a device; the shared memory in bytes.
 struct Device {
   int multiprocessors = 0, shared_per_block = 0, shared_per_multiprocessor = 0, reserved = 0;
@@ -38,7 +41,11 @@ struct Device {
     ask(&shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
     ask(&major, cudaDevAttrComputeCapabilityMajor);
-    has_clusters = major >= 9;
+    // A device of a later kind may run code that was compiled, as PTX, for one without clusters.
+    cudaFuncAttributes code = {};
+    if (error == cudaSuccess)
+      error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(compiled_as_this_file));
+    has_clusters = major >= 9 && code.ptxVersion >= 90;
     return error;
   }
 

@@ -18,9 +18,13 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 
-# Shared memory of a block and of a multiprocessor, in bytes.
-HOPPER = dict(major=9, multiprocessors=132, per_block=227 << 10, per_multiprocessor=228 << 10)
-AMPERE = dict(major=8, multiprocessors=108, per_block=163 << 10, per_multiprocessor=164 << 10)
+# Shared memory of a block and of a multiprocessor, in bytes; what the code was compiled for.
+HOPPER = dict(
+    major=9, multiprocessors=132, per_block=227 << 10, per_multiprocessor=228 << 10, ptx=90
+)
+AMPERE = dict(
+    major=8, multiprocessors=108, per_block=163 << 10, per_multiprocessor=164 << 10, ptx=80
+)
 
 
 def build(source: Path, folder: Path) -> ctypes.CDLL:

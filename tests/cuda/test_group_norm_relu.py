@@ -272,6 +272,15 @@ def test_refusal_knows_what_can_be_cut(device, dtype, group_norm):
     assert 30 < refused < 270
 
 
+def test_code_for_devices_without_clusters_uses_none_on_hopper(group_norm):
+    """There every block of a cluster would take itself for the only one."""
+    large = 4, 28 * 28, 512, 32, torch.float32, True
+    group_norm.reset(**HOPPER)
+    assert group_norm.cut(*large).cluster > 1
+    group_norm.reset(**HOPPER | {"ptx": 80})
+    assert group_norm.cut(*large).cluster == 1
+
+
 def test_refusals():
     x = torch.empty(2, 64, 8, 8, device="meta").to(memory_format=torch.channels_last)
 

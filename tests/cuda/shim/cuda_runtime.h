@@ -65,6 +65,9 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   shimAttributes
 };
+struct cudaFuncAttributes {
+  int ptxVersion;  // of all functions the same
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
@@ -120,6 +123,7 @@ struct Launch { int64_t blocks; int threads, cluster; int64_t shared; };
 
 // The device, and how it is to run.
 inline int attributes[shimAttributes] = {132, 227 * 1024, 228 * 1024, 1024, 9};
+inline int ptx = 90;
 inline int order = 0;
 inline int64_t first_cluster = 0;
 inline std::vector<Launch> launches;
@@ -409,6 +413,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = shim::ptx;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int bytes) {
   if (bytes > shim::attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin])
     return shim::refuse("more shared memory than a block may have");
@@ -432,7 +441,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return shim::error.c_str();
 #define SHIM_EXPORT extern "C" __attribute__((used, visibility("default")))
 
 SHIM_EXPORT void shim_device(int major, int multiprocessors, int per_block,
-                             int per_multiprocessor) {
+                             int per_multiprocessor, int ptx) {
+  shim::ptx = ptx;
   shim::attributes[cudaDevAttrComputeCapabilityMajor] = major;
   shim::attributes[cudaDevAttrMultiProcessorCount] = multiprocessors;
   shim::attributes[cudaDevAttrMaxSharedMemoryPerBlockOptin] = per_block;

@@ -35,11 +35,11 @@ SHAPES = {
 }
 
 
-def launched(shape, tile):
+def launched(shape, tile, dtype=torch.bfloat16):
     """The launch of the convolution itself, as 8 images make it."""
     C_in, C_out, kernel, stride, side, full = shape
 
-    def make(*sizes, dtype=torch.bfloat16):
+    def make(*sizes, dtype=dtype):
         tensor = torch.empty(sizes, dtype=dtype, device="meta")
         return tensor.to(memory_format=torch.channels_last) if len(sizes) == 4 else tensor
 
@@ -82,6 +82,18 @@ def test_default_tile(shape, target):
 @pytest.mark.parametrize("tile", TILES[1:], ids=str)
 def test_every_tile_on_hopper(tile, shape):
     check(SHAPES[shape], tile, "sm_90")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_float32_as_tf32(target, monkeypatch):
+    """As a GPU multiplies it where torch's convolutions may."""
+    monkeypatch.setattr(gpu, "_precision", lambda dtype, device: "tf32")
+    for shape in ("conv2", "conv3"):
+        launch = launched(SHAPES[shape], DEFAULT, torch.float32)
+        compiled = static.compile_launch(launch, target)
+        assert compiled.stack <= 8 and compiled.spills <= 2  # Ampere's assembler puts two away
+        assert compiled.shared <= TARGETS[target][0]
+        assert "tf32" in static.machine_code_of(launch, target).asm["ptx"]
 
 
 def test_more_than_32_bits_of_offsets():

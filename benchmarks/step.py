@@ -241,7 +241,7 @@ class StepWorkload:
         self._weights = rivals.SharedWeights(case.name, NUM_CLASSES, device=device)
         self._norms: dict[str, dict[str, Tensor]] = {}
         self._steps: dict[str, Step | GraphStep] = {}
-        self._pool = None  # of memory that graphs share: they run one after the other
+        self._pool = cuda.Pool()
 
     def reference(self) -> dict[str, Tensor]:
         found = {}
@@ -280,14 +280,14 @@ class StepWorkload:
 
     def drop(self, *providers: str) -> None:
         self._steps.clear()
+        self._pool.leave()
 
     def _step(self, provider: str) -> "Step | GraphStep":
         if provider not in self._steps:
             if self._case.alone:
-                self._steps.clear()
+                self.drop()
             step = Step(provider, self._weights, self._case.dtype)
             if provider.partition("/")[0].endswith("_graph"):
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
                 step = GraphStep(step, self._gate_steps - 1, self._pool)
             self._steps[provider] = step
         return self._steps[provider]
@@ -338,7 +338,7 @@ class GraphStep:
     pool: memory that it shares with others' graphs; its gradients are its own.
     """
 
-    def __init__(self, step: Step, eager: int, pool):
+    def __init__(self, step: Step, eager: int, pool: cuda.Pool):
         self._step, self._eager, self._pool = step, eager, pool
         self._graph: cuda.Graph | None = None
 

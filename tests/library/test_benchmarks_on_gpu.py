@@ -4,6 +4,7 @@ The device is a stand-in whose time is a number; the suites' own networks and op
 its place ("cpu:0", which is the CPU and isn't called "cpu").
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -115,6 +116,15 @@ def test_what_cannot_be_captured_is_launched_call_by_call(gpu):
     workload.called.clear()
     assert racer.sample(4) == pytest.approx(3e-4)
     assert [copy for _, copy in workload.called] == [1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_pool_in_which_a_capture_failed_is_left(gpu):
+    pool = cuda.Pool()
+    for function in (lambda: gpu.launch(0.3), gpu.synchronize, lambda: gpu.launch(0.3)):
+        with contextlib.suppress(RuntimeError):
+            cuda.Graph(function, pool)
+    pools = [entry.rpartition("into ")[2] for entry in gpu.log if entry.startswith("capture")]
+    assert pools == ["(0, 1)", "(0, 1)", "(0, 2)"]
 
 
 def test_whole_steps_are_not_captured(gpu):

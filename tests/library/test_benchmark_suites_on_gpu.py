@@ -170,7 +170,8 @@ def step_case(dtype="bfloat16", networks=step.GPU_NETWORKS, **fields):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_of_a_repeated_batch_passes_the_gate(dtype, graphs):
     case, workload = step_case(dtype)
-    assert "bit_graph/channels_last" in case.providers and "eager/NCHW" in case.providers
+    assert {"bit_graph/channels_last", "timm/NCHW"} < {*case.providers}
+    assert "timm/NCHW" in case.baselines and "eager/NCHW" not in case.providers
     assert case.limits == ("conv_only/channels_last", "conv_only_graph/channels_last")
     assert gate(case, workload) == {}
     for provider in case.providers:
@@ -226,8 +227,23 @@ def test_compiled_steps_are_a_case_of_their_own():
     cases = step.cases(threads=[1], dtypes=["bfloat16"], device="cuda", compiled=True)
     names = [case.name for case in cases]
     assert names[-1] == "R50x1/256x3x224x224/compiled" and len(set(names)) == 3
-    assert "bit_compiled/channels_last" in cases[-1].providers
-    assert "conv_only/channels_last" in cases[-1].limits
+    # One after the other, the limit and what matters most first: an interrupt leaves those.
+    assert cases[-1].alone and cases[-1].providers[:3] == (
+        "conv_only/channels_last",
+        "bit_compiled/channels_last",
+        "timm_compiled/channels_last",
+    )
+    assert cases[-1].limits == ("conv_only/channels_last",)
+    assert [case.subject.partition("/")[0] for case in cases] == ["bit", "bit", "bit_compiled"]
+
+
+def test_plain_networks_take_the_place_of_timm(monkeypatch):
+    monkeypatch.setattr(step.rivals, "installed", lambda name: not name.startswith("timm"))
+    (case, *_) = step.cases(threads=[1], dtypes=["bfloat16"], device="cuda")
+    expected = {"eager/NCHW", "eager_graph/channels_last", "batch_norm_graph/channels_last"}
+    assert expected < {*case.providers} and len({*case.providers}) == len(case.providers)
+    assert case.plain["batch_norm_graph/channels_last"] == "batch_norm/channels_last"
+    assert "eager/NCHW" in case.baselines
 
 
 @pytest.mark.parametrize("dtype", inference.CUDA_DTYPES)

@@ -10,6 +10,7 @@ import functools
 import gpu_stand_in
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import __main__ as program
 from benchmarks import cuda, data, gpu_memory, inference, memory, ops, runner, step
@@ -128,6 +129,45 @@ def test_gate_refuses_an_op_that_is_wrong(monkeypatch, small):
     declared = ops._case(group_norm_relu, case, "float32", 1, False, "cuda")
     workload = ops.OpWorkload(group_norm_relu, case, torch.float32, INSTEAD)
     assert runner.Gate(declared, workload).refusal("triton").red
+
+
+def test_an_op_that_refuses_a_layout_is_absent_and_one_that_fails_is_red():
+    def ours(input, *, backend):
+        if input.is_contiguous():
+            raise ValueError(f"backend {backend!r} can't serve bit_kernels.op: not in NCHW")
+        raise ValueError("input is wrong")
+
+    rival = ops.on_backends("op", ours)["cuda"]
+    x = torch.zeros(2, 3, 4, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "serve", lambda *arguments: None)
+        with pytest.raises(runner.Absent, match="not in NCHW"):
+            rival(x)
+        with pytest.raises(ValueError, match="input is wrong"):
+            rival(x.to(memory_format=torch.channels_last))
+
+
+def test_eager_convolves_in_the_layout_of_its_input(monkeypatch, small):
+    seen = []
+
+    def conv2d(x, *arguments, **options):
+        seen.append((x.is_contiguous(), torch.backends.cudnn.allow_tf32))
+        return convolve(x, *arguments, **options)
+
+    def contiguous(*arguments):  # as CUDA's gives it
+        return group_norm(*arguments).contiguous()
+
+    convolve, group_norm = F.conv2d, F.group_norm
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(F, "group_norm", contiguous)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for layout in ops.LAYOUTS:
+        case = ops.OpCase("test", (2, 64, 9, 7), layout, "forward", kernel=(32, 64, 3, 3))
+        workload = ops.OpWorkload(norm_relu_conv, case, torch.float32, INSTEAD)
+        workload.outputs("eager")
+        workload.calls("eager")[0]()
+    # For the gate in full precision, timed as people have it.
+    assert seen == [(True, False), (True, True), (False, False), (False, True)]
 
 
 def test_optimizers_on_a_gpu(small):

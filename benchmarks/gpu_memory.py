@@ -18,13 +18,13 @@ from benchmarks.memory import MB, MemoryCase
 from benchmarks.runner import Count, Figure, Refusal, refusal_of
 from benchmarks.shapes import parse
 from benchmarks.step import gpu_images, providers
+from bit.device import is_short_of_memory
 
 # timm's BiT comes first, as others' shares are of it.
 NETWORKS = ("bit", "timm_batch_norm", "conv_only")
 STEPS = 3
 SMALLEST = 16  # images, from where on batches are doubled
 PARTS = 16  # of the largest batch, the exactness with which it is found
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # also as cuBLAS and cuDNN say it
 
 
 def cases(*, dtypes: list[str], quick: bool) -> list[Count]:
@@ -184,10 +184,6 @@ def search(fits: Callable[[int], bool], start: int, most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def is_short_of_memory(error: Exception) -> bool:
-    return any(words in str(error) for words in NO_MEMORY)
 
 
 def free() -> None:

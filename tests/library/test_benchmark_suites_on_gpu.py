@@ -334,12 +334,19 @@ def test_memory_on_a_gpu(gpu, monkeypatch):
     assert bits["peak_share_of_timm"].p50 == pytest.approx(peaks["bit/channels_last"] / best)
 
 
-def test_the_largest_batch_is_tried_until_memory_ends(gpu, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+    ],
+)
+def test_the_largest_batch_is_tried_until_memory_ends(error, gpu, monkeypatch):
     make = memory._batch
 
     def batch(case, provider):
         if case.images > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise error
         return make(case, provider)
 
     monkeypatch.setattr(memory, "_batch", batch)

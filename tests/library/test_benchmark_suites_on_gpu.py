@@ -364,7 +364,7 @@ def test_the_largest_batch_is_tried_until_memory_ends(error, gpu, monkeypatch):
 
 def test_waiting_for_data_is_measured_where_training_can_run(monkeypatch):
     names = [case.name for case in data.cases(threads=[1], dtypes=["bfloat16"], device="cuda")]
-    assert names[-1] == "wait/R50x1/128x3x224x224"
+    assert names[0] == "wait/R50x1/128x3x224x224"
     monkeypatch.setattr(data, "NEEDED", ("no_such_package",))
     assert data.left_out("cuda") == ["wait/, which trains: no_such_package are missing"]
     assert len(data.cases(threads=[1], dtypes=["bfloat16"], device="cuda")) == len(names) - 1

@@ -418,15 +418,18 @@ def test_nothing_is_known_where_the_driver_says_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("found, status", [(0, 0), (sanitize.FOUND, 1), (1, 1)])
-def test_the_sanitizers_verdict(found, status, tmp_path, monkeypatch, capsys):
+def test_the_sanitizers_verdict(found, status, tmp_path, gpu, monkeypatch, capfd):
     script = tmp_path / "compute-sanitizer"
     script.write_text(f'#!/bin/sh\necho "$*"; echo $PYTORCH_NO_CUDA_MEMORY_CACHING; exit {found}\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert sanitize.run(("racecheck",)) == status
-    shown = capsys.readouterr().out
-    assert "--tool=racecheck" in shown and "--check" in shown and "\n1\n" in shown
+    asked = ["ops", "--device", "cuda", "--sanitize"]
+    assert program.main([*asked, "racecheck"]) == status
+    shown = capfd.readouterr().out
+    assert shown.count("--tool=") == shown.count("--tool=racecheck") == 1 and "--check" in shown and "\n1\n" in shown
     assert {0: "nothing found", 9: "FOUND ERRORS", 1: "failed with status 1"}[found] in shown
+    assert program.main(asked) == status
+    assert capfd.readouterr().out.count("--tool=") == len(sanitize.TOOLS)
 
 
 def test_a_sanitizer_that_is_not_there(monkeypatch, capsys):

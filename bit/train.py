@@ -25,6 +25,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from bit.packages import require
+
+    require("python -m bit.train", "matplotlib", "safetensors", "tqdm", "tyro")
+
 import torch
 from torch import Tensor, nn
 

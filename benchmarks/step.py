@@ -7,9 +7,9 @@ optimizer.
 Networks of other libraries take the same step as they are, under torch.optim.SGD(fused=True), and
 converted, under bit_kernels.optim.SGD.
 
-On a GPU timm's networks are measured in NCHW, too: CUDA's own GroupNorm gives contiguous outputs, so
-that from the first of them on timm's BiT convolves in NCHW, whatever layout it was given. Where timm
-is missing the networks in plain PyTorch take its place.
+On a GPU timm's BiT is measured in NCHW, too: there PyTorch's GroupNorm gives contiguous outputs, so
+that from the first of them on it convolves in NCHW, whatever layout it was given. Where timm is
+missing the networks in plain PyTorch take its place.
 
 There the batch is a few images over and over. A repeated batch has the loss and the gradients of
 one, with BatchNorm too, so the gate compares the step that is timed with float64 on a few images.

@@ -426,7 +426,11 @@ def test_the_sanitizers_verdict(found, status, tmp_path, gpu, monkeypatch, capfd
     asked = ["ops", "--device", "cuda", "--sanitize"]
     assert program.main([*asked, "racecheck"]) == status
     shown = capfd.readouterr().out
-    assert shown.count("--tool=") == shown.count("--tool=racecheck") == 1 and "--check" in shown and "\n1\n" in shown
+    assert (
+        shown.count("--tool=") == shown.count("--tool=racecheck") == 1
+        and "--check" in shown
+        and "\n1\n" in shown
+    )
     assert {0: "nothing found", 9: "FOUND ERRORS", 1: "failed with status 1"}[found] in shown
     assert program.main(asked) == status
     assert capfd.readouterr().out.count("--tool=") == len(sanitize.TOOLS)

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         named = options.list or options.markdown and options.out
         if not named and (reason := cuda.why_not()):
             parser.error(f"--device is cuda; {reason}")
-    elif options.sanitize:
+    elif options.sanitize is not None:
         parser.error("--sanitize is for --device cuda, whose tools it runs")
     if options.seconds is not None and options.seconds <= 0:
         parser.error(f"--seconds is {options.seconds:g}; it must be more than 0")
@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.list:
             print("\n".join(dict.fromkeys(one.name for found in cases.values() for one in found)))
             return 0
-        if options.sanitize:
-            return sanitize.run()
+        if options.sanitize is not None:
+            return sanitize.run(options.sanitize or sanitize.TOOLS)
         if options.check:
             return max(_check(suite, found) for suite, found in cases.items() if found)
         files = {suite: report.CsvFile(_out(suite, options)) for suite in suites if cases[suite]}
@@ -158,8 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--sanitize",
-        action="store_true",
-        help="with --device cuda: check the ops once under each tool of compute-sanitizer",
+        nargs="*",
+        choices=sanitize.TOOLS,
+        metavar="TOOL",
+        help="with --device cuda: check the ops once under these tools of compute-sanitizer "
+        f"(default: {', '.join(sanitize.TOOLS)})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rivals")
     parser.add_argument(

@@ -92,26 +92,48 @@ class CudaClock:
         torch.cuda.empty_cache()
 
 
+class Pool:
+    """Memory that graphs share which run one after the other, while one of them is there."""
+
+    def __init__(self):
+        self._handle: tuple[int, int] | None = None
+
+    @property
+    def handle(self) -> tuple[int, int]:
+        self._handle = self._handle or torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def leave(self) -> None:
+        """Has the next graph begin another one.
+
+        For after the last graph is gone: what it left in tensors that live on keeps the allocator
+        from beginning anew in the old pool. And for after a capture that failed, whose part of the
+        pinned memory's allocator can't be ended from Python, so that a next one would fail, too.
+        """
+        self._handle = None
+
+
 class Graph:
     """What `function` does on the current stream, as a CUDA graph.
 
     function: has run before, so that nothing is compiled or tuned here; it neither waits for the
         device nor reads from it.
-    pool: memory that it shares with other graphs, of torch.cuda.graph_pool_handle(). What one
-        leaves in its results is then still its own, the rest is overwritten by the others.
+    pool: memory that it shares with other graphs. What one leaves in its results is then still its
+        own, the rest is overwritten by the others.
 
     result: what `function` gave; every replay writes it anew.
     """
 
-    def __init__(self, function: Callable[[], object], pool: tuple[int, int] | None = None):
-        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    def __init__(self, function: Callable[[], object], pool: Pool | None = None):
+        pool = pool or Pool()
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            with torch.cuda.graph(self._graph, pool=pool.handle, stream=stream):
                 self.result = function()
         except BaseException:
-            _abandon(pool)
+            _abandon(pool.handle)
+            pool.leave()
             raise
 
     def replay(self) -> None:
@@ -266,3 +288,14 @@ def untuned() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions of float32 in full precision, cuDNN's and ours, which is told by the same flag."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

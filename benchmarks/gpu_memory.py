@@ -1,10 +1,10 @@
 """The suite `memory` on a GPU: by the allocator's own count, in steps that are really taken.
 
 peak_allocated       the most that tensors took in the third step, after momenta and tuning; MB
-peak_share_of_timm   that over timm's BiT in channels_last
+peak_share_of_timm   that over timm's BiT, in the layout in which it takes less
 saved_activations, saved_weights, standardized, saved_share_of_timm    as on the CPU, of a forward
 largest_batch        images of the largest batch whose step fits, to a sixteenth
-largest_batch_of_timm   that over timm's BiT
+largest_batch_of_timm   that over timm's BiT, in the layout in which more fit
 """
 
 import functools
@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks import cuda, memory, rivals
-from benchmarks.memory import MB, RUN, MemoryCase
+from benchmarks.memory import MB, MemoryCase
 from benchmarks.runner import Count, Figure, Refusal, refusal_of
 from benchmarks.shapes import parse
 from benchmarks.step import gpu_images, providers
+from bit.device import is_short_of_memory
 
+# timm's BiT comes first, as others' shares are of it.
+NETWORKS = ("bit", "timm_batch_norm", "conv_only")
 STEPS = 3
 SMALLEST = 16  # images, from where on batches are doubled
 PARTS = 16  # of the largest batch, the exactness with which it is found
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # also as cuBLAS and cuDNN say it
 
 
 def cases(*, dtypes: list[str], quick: bool) -> list[Count]:
@@ -52,7 +54,7 @@ def cases(*, dtypes: list[str], quick: bool) -> list[Count]:
 def _each(case: MemoryCase, measure: Callable) -> Iterator[tuple[str, object]]:
     """measure(case, provider) of each provider, or why it has none; memory is given back between."""
     with cuda.untuned():  # a batch that is tried once is not worth it
-        for provider in providers(RUN, ["channels_last"]):
+        for provider in providers(["timm"]) + providers(NETWORKS, ["channels_last"]):
             found = None
             free()
             try:
@@ -64,7 +66,7 @@ def _each(case: MemoryCase, measure: Callable) -> Iterator[tuple[str, object]]:
 
 
 def _peaks(case: MemoryCase) -> Iterator[Figure | Refusal]:
-    timm: dict[str, float] = {}
+    timm: dict[str, float] = {}  # in the better layout
     for provider, found in _each(case, probe):
         if isinstance(found, Refusal):
             yield found
@@ -72,7 +74,7 @@ def _peaks(case: MemoryCase) -> Iterator[Figure | Refusal]:
         for metric, nbytes in found.items():
             yield _exactly(provider, metric, nbytes / MB, "MB")
         if provider.startswith("timm/"):
-            timm = found
+            timm = {metric: min(n, timm.get(metric, n)) for metric, n in found.items()}
             continue
         for metric, share in (
             ("peak_allocated", "peak_share_of_timm"),
@@ -83,14 +85,14 @@ def _peaks(case: MemoryCase) -> Iterator[Figure | Refusal]:
 
 
 def _largest(case: MemoryCase) -> Iterator[Figure | Refusal]:
-    timm = None
+    timm = 0  # in the better layout
     for provider, found in _each(case, largest_batch):
         if isinstance(found, Refusal):
             yield found
             continue
         yield _exactly(provider, "largest_batch", found, "images")
         if provider.startswith("timm/"):
-            timm = found
+            timm = max(timm, found)
         elif timm:
             yield _exactly(provider, "largest_batch_of_timm", found / timm, "1")
 
@@ -182,10 +184,6 @@ def search(fits: Callable[[int], bool], start: int, most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def is_short_of_memory(error: Exception) -> bool:
-    return any(words in str(error) for words in NO_MEMORY)
 
 
 def free() -> None:

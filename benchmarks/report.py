@@ -245,10 +245,10 @@ def figure_line(figure: Figure) -> str:
 
 
 def summary(results: list[Result], *, share_goal: float = 0.8) -> list[str]:
-    """Where the first provider stands: below `share_goal` of the floor, and behind a baseline."""
+    """Where the subjects stand: below `share_goal` of the floor, and behind a baseline."""
     shares, speedups = [], []
     for result in results:
-        subject = result.case.providers[0]
+        subject = result.case.subject
         if subject not in result.seconds:
             continue
         share = result.share_of_copy(result.median(subject))

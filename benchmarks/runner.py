@@ -63,7 +63,8 @@ class Case:
 
     suite, name: who it is; `name` is unique in the suite, its parts joined by "/".
     dtype, threads: of the inputs; of torch.
-    providers: the rivals as shown; the first is the one that the summary is about.
+    providers: the rivals as shown; the first that is no limit is `subject`, which the summary is
+        about.
     baselines: the rivals that count as "before". The fastest is what speedups refer to.
     prepare: allocates the workload when the case's turn comes.
     plain: rival -> the plainest one that computes the same, whose error in `dtype` sets the bound
@@ -96,6 +97,10 @@ class Case:
     device: str = "cpu"
     capture: bool = False
     alone: bool = False
+
+    @property
+    def subject(self) -> str:
+        return next((name for name in self.providers if name not in self.limits), self.providers[0])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ optimizer.
 Networks of other libraries take the same step as they are, under torch.optim.SGD(fused=True), and
 converted, under bit_kernels.optim.SGD.
 
-On a GPU the batch is a few images over and over. A repeated batch has the loss and the gradients of
+On a GPU timm's BiT is measured in NCHW, too: there PyTorch's GroupNorm gives contiguous outputs, so
+that from the first of them on it convolves in NCHW, whatever layout it was given. Where timm is
+missing the networks in plain PyTorch take its place.
+
+There the batch is a few images over and over. A repeated batch has the loss and the gradients of
 one, with BatchNorm too, so the gate compares the step that is timed with float64 on a few images.
 "_graph" is the step as one CUDA graph, on a batch that is copied to where the graph reads it.
 """
@@ -78,8 +82,16 @@ GPU_NETWORKS = (
     "timm_batch_norm_graph",
 )
 GPU_LARGE = ("bit", "conv_only", "bit_graph", "conv_only_graph", "timm", "timm_graph")
-GPU_COMPILED = ("bit_compiled", "timm_compiled", "timm_batch_norm_compiled")
-GPU_BESIDE_COMPILED = ("bit", "timm", "timm_batch_norm", "conv_only")
+# The limit and what is compared with it first: what is interrupted has those.
+GPU_COMPILED = (
+    "conv_only",
+    "bit_compiled",
+    "timm_compiled",
+    "timm_batch_norm_compiled",
+    "bit",
+    "timm",
+    "timm_batch_norm",
+)
 GPU_LIMITS = ("conv_only", "conv_only_graph")
 GPU_GATE_STEPS = 3  # of which a graph takes the last
 GPU_BYTES_AN_IMAGE = 160 << 20  # of 224 px in timm's R50x1 in bfloat16, all rivals' leftovers in it
@@ -133,9 +145,9 @@ def gpu_images(wanted: int = 256) -> int:
 
 
 def _gpu_cases(dtypes: list[str], quick: bool, compiled: bool) -> list[Case]:
-    """R50x1 and R152x4 in channels_last, and the plain network in NCHW, too.
+    """R50x1 and R152x4 in channels_last, and timm's in NCHW, too.
 
-    Those that torch.compile makes have a case of their own: it takes minutes.
+    Those that torch.compile makes have a case of their own, one after the other: it takes minutes.
     """
     images = gpu_images()
     declared = [
@@ -150,16 +162,14 @@ def _gpu_cases(dtypes: list[str], quick: bool, compiled: bool) -> list[Case]:
         for dtype in dtypes
     ]
     if compiled:
-        networks = (*GPU_COMPILED, *GPU_BESIDE_COMPILED)
-        found += [_gpu_case(replace(declared[0][0], dtype=dtype), networks) for dtype in dtypes]
+        case = replace(declared[0][0], alone=True)
+        found += [_gpu_case(replace(case, dtype=dtype), GPU_COMPILED) for dtype in dtypes]
     return found
 
 
 def _gpu_case(case: StepCase, networks: Sequence[str]) -> Case:
-    named = providers(networks, ["channels_last"])
-    if "eager" in networks:
-        named += providers(["eager"], ["NCHW"])
-    after = "/compiled" if set(GPU_COMPILED) & set(networks) else ""
+    named = _gpu_providers(networks)
+    after = "/compiled" if any(name.endswith("_compiled") for name in networks) else ""
     return Case(
         suite="step",
         name=f"{case.name}/{case.images}x3x{case.side}x{case.side}{after}",
@@ -179,8 +189,19 @@ def _gpu_case(case: StepCase, networks: Sequence[str]) -> Case:
     )
 
 
+def _gpu_providers(networks: Sequence[str]) -> tuple[str, ...]:
+    in_nchw = [name for name in networks if name == "timm"]
+    if not rivals.installed("timm"):
+        networks, in_nchw = (
+            [name.replace("timm_batch", "batch").replace("timm", "eager") for name in names]
+            for names in (networks, in_nchw)
+        )
+    named = providers(networks, ["channels_last"]) + providers(in_nchw, ["NCHW"])
+    return tuple(dict.fromkeys(named))
+
+
 def _among(named: Sequence[str], networks: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in providers(networks, ["channels_last"]) if name in named)
+    return tuple(name for name in providers(networks) if name in named)
 
 
 def _case(case: StepCase, threads: int, compiled: bool) -> Case:
@@ -241,7 +262,7 @@ class StepWorkload:
         self._weights = rivals.SharedWeights(case.name, NUM_CLASSES, device=device)
         self._norms: dict[str, dict[str, Tensor]] = {}
         self._steps: dict[str, Step | GraphStep] = {}
-        self._pool = None  # of memory that graphs share: they run one after the other
+        self._pool = cuda.Pool()
 
     def reference(self) -> dict[str, Tensor]:
         found = {}
@@ -280,14 +301,14 @@ class StepWorkload:
 
     def drop(self, *providers: str) -> None:
         self._steps.clear()
+        self._pool.leave()
 
     def _step(self, provider: str) -> "Step | GraphStep":
         if provider not in self._steps:
             if self._case.alone:
-                self._steps.clear()
+                self.drop()
             step = Step(provider, self._weights, self._case.dtype)
             if provider.partition("/")[0].endswith("_graph"):
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
                 step = GraphStep(step, self._gate_steps - 1, self._pool)
             self._steps[provider] = step
         return self._steps[provider]
@@ -338,7 +359,7 @@ class GraphStep:
     pool: memory that it shares with others' graphs; its gradients are its own.
     """
 
-    def __init__(self, step: Step, eager: int, pool):
+    def __init__(self, step: Step, eager: int, pool: cuda.Pool):
         self._step, self._eager, self._pool = step, eager, pool
         self._graph: cuda.Graph | None = None
 

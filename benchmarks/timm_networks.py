@@ -52,6 +52,9 @@ def create(name: str, num_classes: int = 1000, *, norm: str = "group") -> nn.Mod
     norm: "group", or "batch" for timm's resnetv2_{depth}, whose convolutions are plain; like BiT
     it pools over a border of zeros here, so that both have one topology. The epsilon of
     standardization is the released code's 1e-10.
+
+    On a GPU the group norm's outputs are contiguous, whatever its inputs are (PyTorch's
+    native_group_norm), and so is all that follows: given channels_last it convolves in NCHW.
     """
     with torchvision_or_stand_ins():
         from timm.layers import BatchNormAct2d, GroupNormAct, StdConv2d, create_conv2d

@@ -10,6 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# How the allocator says that memory is not enough, then cuBLAS and cuDNN, whose last words are that
+# no algorithm's workspace fits.
+NO_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "unable to find an engine to execute this computation",
+)
 BFLOAT16_CAPABILITY = (8, 0)  # compute capability of the first NVIDIA GPUs with such instructions
 
 
@@ -39,6 +46,11 @@ def check_device(device: str, dtype: str = "float32") -> None:
                 f"capability {'.'.join(map(str, capability))}, it must be float32: bfloat16 needs "
                 f"{'.'.join(map(str, BFLOAT16_CAPABILITY))} (Ampere) or newer"
             )
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether `error` says that a device's memory is not enough."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def set_up(device: str, *, deterministic: bool) -> None:

@@ -16,6 +16,11 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+if __name__ == "__main__":
+    from bit.packages import require
+
+    require("python -m bit.evaluate", "matplotlib", "safetensors", "tqdm", "tyro")
+
 import torch
 import tyro
 

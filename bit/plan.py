@@ -19,6 +19,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+if __name__ == "__main__":
+    from bit.packages import require
+
+    require("python -m bit.plan", "tyro")
+
 import torch
 import torch.nn.functional as F
 import tyro

@@ -25,6 +25,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from bit.packages import require
+
+    require("python -m bit.train", "matplotlib", "safetensors", "tqdm", "tyro")
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +37,7 @@ from bit import checkpoint, hyperrule, models, plan, state
 from bit.config import Config, check, resolve
 from bit.data import Augment, Batch, Dataset, Split, TrainBatches
 from bit.data.threads import Clock
-from bit.device import Reading, check_device, set_up
+from bit.device import Reading, check_device, is_short_of_memory, set_up
 from bit.folder import check_folder, write_config
 from bit.graphs import Eager, Graphed, Targets
 from bit.interrupt import StopSignals
@@ -378,7 +383,9 @@ class Trainer:
         """Turn a device's lack of memory into a TrainingFailed. less: what would take less."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_short_of_memory(error):
+                raise
             said = str(error).partition("\n")[0]
             raise TrainingFailed(
                 f"out of memory on {self.config.run.device}: try {less}; python -m bit.plan says "

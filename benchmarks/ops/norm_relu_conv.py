@@ -84,6 +84,9 @@ def pieces(input: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor) -> Tenso
 
 def eager(input: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor) -> Tensor:
     activated = F.relu(F.group_norm(input, GROUPS, weight, bias, EPS))
+    if input.is_contiguous(memory_format=torch.channels_last):
+        # CUDA's GroupNorm gives a contiguous output, which would be convolved by other algorithms.
+        activated = activated.contiguous(memory_format=torch.channels_last)
     standardized = standardize_weight.eager_var_mean(kernel)
     return F.conv2d(activated, standardized, padding=_padding(kernel))
 

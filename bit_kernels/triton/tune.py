@@ -166,8 +166,9 @@ def measure(
 ) -> tuple[dict[str, float], list[str]]:
     """Seconds of each way that is right and fits the GPU; and what was wrong with others."""
     small = _Inputs.of(case, min(batch, 2), device)  # tiles lie within samples: 2 are like many
-    ways, truth, faults, right = small.ways(tiles), small.truth(), [], []
-    separate = ways["convolution"]()
+    ways, faults, right = small.ways(tiles), [], []
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # what is done once
+        truth, separate = small.truth(), ways["convolution"]()
     for tile in tiles:
         try:
             found = fault(ways[str(tile)](), separate[0], truth)
@@ -241,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("tune: there is no GPU here that torch can use; nothing measured", file=sys.stderr)
         return 2
     measured = fused.read(options.output) if options.output.exists() else {}
+    torch.backends.cudnn.benchmark = True  # as training has it, for the separate way
     clock, wrong = gpu_clock(device), False
     for case in cases:
         ways, faults = measure(case, options.batch, device, clock)

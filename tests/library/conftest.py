@@ -1,5 +1,7 @@
 """A stand-in for a GPU, and benchmarks of a size for it."""
 
+import itertools
+
 import gpu_stand_in
 import pytest
 import torch
@@ -27,4 +29,5 @@ def small(monkeypatch):
 @pytest.fixture
 def graphs(monkeypatch):
     monkeypatch.setattr(cuda, "Graph", gpu_stand_in.RunAgain)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    handles = itertools.count()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))

@@ -10,6 +10,7 @@ import functools
 import gpu_stand_in
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import __main__ as program
 from benchmarks import cuda, data, gpu_memory, inference, memory, ops, runner, step
@@ -130,6 +131,45 @@ def test_gate_refuses_an_op_that_is_wrong(monkeypatch, small):
     assert runner.Gate(declared, workload).refusal("triton").red
 
 
+def test_an_op_that_refuses_a_layout_is_absent_and_one_that_fails_is_red():
+    def ours(input, *, backend):
+        if input.is_contiguous():
+            raise ValueError(f"backend {backend!r} can't serve bit_kernels.op: not in NCHW")
+        raise ValueError("input is wrong")
+
+    rival = ops.on_backends("op", ours)["cuda"]
+    x = torch.zeros(2, 3, 4, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "serve", lambda *arguments: None)
+        with pytest.raises(runner.Absent, match="not in NCHW"):
+            rival(x)
+        with pytest.raises(ValueError, match="input is wrong"):
+            rival(x.to(memory_format=torch.channels_last))
+
+
+def test_eager_convolves_in_the_layout_of_its_input(monkeypatch, small):
+    seen = []
+
+    def conv2d(x, *arguments, **options):
+        seen.append((x.is_contiguous(), torch.backends.cudnn.allow_tf32))
+        return convolve(x, *arguments, **options)
+
+    def contiguous(*arguments):  # as CUDA's gives it
+        return group_norm(*arguments).contiguous()
+
+    convolve, group_norm = F.conv2d, F.group_norm
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(F, "group_norm", contiguous)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for layout in ops.LAYOUTS:
+        case = ops.OpCase("test", (2, 64, 9, 7), layout, "forward", kernel=(32, 64, 3, 3))
+        workload = ops.OpWorkload(norm_relu_conv, case, torch.float32, INSTEAD)
+        workload.outputs("eager")
+        workload.calls("eager")[0]()
+    # For the gate in full precision, timed as people have it.
+    assert seen == [(True, False), (True, True), (False, False), (False, True)]
+
+
 def test_optimizers_on_a_gpu(small):
     (case,) = [
         case
@@ -170,7 +210,8 @@ def step_case(dtype="bfloat16", networks=step.GPU_NETWORKS, **fields):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_of_a_repeated_batch_passes_the_gate(dtype, graphs):
     case, workload = step_case(dtype)
-    assert "bit_graph/channels_last" in case.providers and "eager/NCHW" in case.providers
+    assert {"bit_graph/channels_last", "timm/NCHW"} < {*case.providers}
+    assert "timm/NCHW" in case.baselines and "eager/NCHW" not in case.providers
     assert case.limits == ("conv_only/channels_last", "conv_only_graph/channels_last")
     assert gate(case, workload) == {}
     for provider in case.providers:
@@ -209,9 +250,14 @@ def test_one_network_at_a_time_and_a_part_of_its_parameters(graphs, monkeypatch)
     learned = reference["eager/channels_last learned"]
     parameters = sum(p.numel() for p in workload._weights._template.parameters())
     assert 1000 <= learned.numel() < parameters / 2
+    pools = []
     for provider in case.providers:
         workload.outputs(provider)
-        assert len(workload._steps) == 1
+        (made,) = workload._steps.values()
+        if "_graph" in provider:
+            pools.append(made._pool.handle)
+    # What a graph that is gone has left in its pool would be in the way of the next one.
+    assert len(set(pools)) == len(pools) > 1
     workload.drop(case.providers[-1])
     assert not workload._steps
     assert gate(case, workload) == {}
@@ -221,8 +267,23 @@ def test_compiled_steps_are_a_case_of_their_own():
     cases = step.cases(threads=[1], dtypes=["bfloat16"], device="cuda", compiled=True)
     names = [case.name for case in cases]
     assert names[-1] == "R50x1/256x3x224x224/compiled" and len(set(names)) == 3
-    assert "bit_compiled/channels_last" in cases[-1].providers
-    assert "conv_only/channels_last" in cases[-1].limits
+    # One after the other, the limit and what matters most first: an interrupt leaves those.
+    assert cases[-1].alone and cases[-1].providers[:3] == (
+        "conv_only/channels_last",
+        "bit_compiled/channels_last",
+        "timm_compiled/channels_last",
+    )
+    assert cases[-1].limits == ("conv_only/channels_last",)
+    assert [case.subject.partition("/")[0] for case in cases] == ["bit", "bit", "bit_compiled"]
+
+
+def test_plain_networks_take_the_place_of_timm(monkeypatch):
+    monkeypatch.setattr(step.rivals, "installed", lambda name: not name.startswith("timm"))
+    (case, *_) = step.cases(threads=[1], dtypes=["bfloat16"], device="cuda")
+    expected = {"eager/NCHW", "eager_graph/channels_last", "batch_norm_graph/channels_last"}
+    assert expected < {*case.providers} and len({*case.providers}) == len(case.providers)
+    assert case.plain["batch_norm_graph/channels_last"] == "batch_norm/channels_last"
+    assert "eager/NCHW" in case.baselines
 
 
 @pytest.mark.parametrize("dtype", inference.CUDA_DTYPES)
@@ -264,17 +325,28 @@ def test_memory_on_a_gpu(gpu, monkeypatch):
     metrics = {(figure.provider, figure.metric) for figure in found}
     assert ("bit/channels_last", "saved_activations") in metrics
     assert ("timm/channels_last", "peak_allocated") in metrics
-    assert gpu.log.count("reset") == len(step.providers(memory.RUN, ["channels_last"]))
-    shares = [figure for figure in found if figure.metric == "saved_share_of_timm"]
-    assert shares and all(figure.unit == "1" for figure in shares)
+    assert gpu.log.count("reset") == len({figure.provider for figure in found}) == 5
+    # What the goals are read from.
+    bits = {f.metric: f for f in found if f.provider == "bit/channels_last"}
+    peaks = {f.provider: f.p50 for f in found if f.metric == "peak_allocated"}
+    best = min(peaks["timm/channels_last"], peaks["timm/NCHW"])
+    assert bits["peak_share_of_timm"].unit == bits["saved_share_of_timm"].unit == "1"
+    assert bits["peak_share_of_timm"].p50 == pytest.approx(peaks["bit/channels_last"] / best)
 
 
-def test_the_largest_batch_is_tried_until_memory_ends(gpu, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+    ],
+)
+def test_the_largest_batch_is_tried_until_memory_ends(error, gpu, monkeypatch):
     make = memory._batch
 
     def batch(case, provider):
         if case.images > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise error
         return make(case, provider)
 
     monkeypatch.setattr(memory, "_batch", batch)
@@ -283,7 +355,8 @@ def test_the_largest_batch_is_tried_until_memory_ends(gpu, monkeypatch):
     )
     found = list(gpu_memory._largest(memory.MemoryCase("R14x0.125", 10, 2, 33)))
     assert {figure.p50 for figure in found if figure.metric == "largest_batch"} == {5}
-    assert {figure.p50 for figure in found if figure.metric == "largest_batch_of_timm"} == {1}
+    shares = {f.provider: f.p50 for f in found if f.metric == "largest_batch_of_timm"}
+    assert shares["bit/channels_last"] == 1 and "timm/channels_last" not in shares
     monkeypatch.setattr(memory, "_batch", lambda case, provider: 1 / 0)
     refusals = list(gpu_memory._largest(memory.MemoryCase("R14x0.125", 10, 2, 33)))
     assert all(refusal.red for refusal in refusals) and "ZeroDivisionError" in refusals[0].reason
@@ -291,7 +364,7 @@ def test_the_largest_batch_is_tried_until_memory_ends(gpu, monkeypatch):
 
 def test_waiting_for_data_is_measured_where_training_can_run(monkeypatch):
     names = [case.name for case in data.cases(threads=[1], dtypes=["bfloat16"], device="cuda")]
-    assert names[-1] == "wait/R50x1/128x3x224x224"
+    assert names[0] == "wait/R50x1/128x3x224x224"
     monkeypatch.setattr(data, "NEEDED", ("no_such_package",))
     assert data.left_out("cuda") == ["wait/, which trains: no_such_package are missing"]
     assert len(data.cases(threads=[1], dtypes=["bfloat16"], device="cuda")) == len(names) - 1

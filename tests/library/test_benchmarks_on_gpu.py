@@ -4,6 +4,7 @@ The device is a stand-in whose time is a number; the suites' own networks and op
 its place ("cpu:0", which is the CPU and isn't called "cpu").
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -115,6 +116,15 @@ def test_what_cannot_be_captured_is_launched_call_by_call(gpu):
     workload.called.clear()
     assert racer.sample(4) == pytest.approx(3e-4)
     assert [copy for _, copy in workload.called] == [1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_pool_in_which_a_capture_failed_is_left(gpu):
+    pool = cuda.Pool()
+    for function in (lambda: gpu.launch(0.3), gpu.synchronize, lambda: gpu.launch(0.3)):
+        with contextlib.suppress(RuntimeError):
+            cuda.Graph(function, pool)
+    pools = [entry.rpartition("into ")[2] for entry in gpu.log if entry.startswith("capture")]
+    assert pools == ["(0, 1)", "(0, 1)", "(0, 2)"]
 
 
 def test_whole_steps_are_not_captured(gpu):
@@ -408,15 +418,22 @@ def test_nothing_is_known_where_the_driver_says_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("found, status", [(0, 0), (sanitize.FOUND, 1), (1, 1)])
-def test_the_sanitizers_verdict(found, status, tmp_path, monkeypatch, capsys):
+def test_the_sanitizers_verdict(found, status, tmp_path, gpu, monkeypatch, capfd):
     script = tmp_path / "compute-sanitizer"
     script.write_text(f'#!/bin/sh\necho "$*"; echo $PYTORCH_NO_CUDA_MEMORY_CACHING; exit {found}\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert sanitize.run(("racecheck",)) == status
-    shown = capsys.readouterr().out
-    assert "--tool=racecheck" in shown and "--check" in shown and "\n1\n" in shown
+    asked = ["ops", "--device", "cuda", "--sanitize"]
+    assert program.main([*asked, "racecheck"]) == status
+    shown = capfd.readouterr().out
+    assert (
+        shown.count("--tool=") == shown.count("--tool=racecheck") == 1
+        and "--check" in shown
+        and "\n1\n" in shown
+    )
     assert {0: "nothing found", 9: "FOUND ERRORS", 1: "failed with status 1"}[found] in shown
+    assert program.main(asked) == status
+    assert capfd.readouterr().out.count("--tool=") == len(sanitize.TOOLS)
 
 
 def test_a_sanitizer_that_is_not_there(monkeypatch, capsys):

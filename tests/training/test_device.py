@@ -434,16 +434,26 @@ def test_reading_is_of_its_moment_on_a_gpu(monkeypatch):
 # Not enough memory
 
 
-def test_out_of_memory_names_the_flag(dataset, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED\nMore"),
+        RuntimeError("GET was unable to find an engine to execute this computation\nMore"),
+    ],
+)
+def test_out_of_memory_names_the_flag(error, dataset, tmp_path, monkeypatch, capsys):
     def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "mixup_cross_entropy", full)
         with pytest.raises(train.TrainingFailed) as caught:
             train.run(tiny(tmp_path / "a"), dataset)
         message = str(caught.value)
-        assert "try --micro-batch of less than 3" in message and "Tried to allocate" in message
+        assert (
+            "try --micro-batch of less than 3" in message and str(error).splitlines()[0] in message
+        )
         assert "no checkpoint was written yet" in message and "More" not in message
         with pytest.raises(train.TrainingFailed, match="a smaller model or crop, as --micro-batch"):
             train.run(tiny(tmp_path / "b", micro_batch=1), dataset)
@@ -454,6 +464,15 @@ def test_out_of_memory_names_the_flag(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "build", full)
     with pytest.raises(train.TrainingFailed, match="try a smaller model"):
         train.run(tiny(tmp_path / "d"), dataset)
+
+
+def test_other_errors_stay_as_they_are(dataset, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("expected scalar type Float")
+
+    monkeypatch.setattr(train, "mixup_cross_entropy", broken)
+    with pytest.raises(RuntimeError, match="expected scalar type Float"):
+        train.run(tiny(tmp_path / "a"), dataset)
 
 
 # The same on every device

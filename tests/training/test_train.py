@@ -1,9 +1,11 @@
 """The training loop: its arithmetic, its stops and resumes, and what it leaves on disk."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +18,18 @@ import torch
 from tiny_runs import assert_same_bits, at_step, tiny, weights
 from torch.nn import functional as F
 
-from bit import checkpoint, cli, config, hyperrule, interrupt, models, runlog, state, train
+from bit import (
+    checkpoint,
+    cli,
+    config,
+    hyperrule,
+    interrupt,
+    models,
+    packages,
+    runlog,
+    state,
+    train,
+)
 from bit.config import Images, Network, Run, Schedule
 from bit.data import Dataset
 from bit.task import make_task
@@ -383,6 +396,21 @@ def test_full_disk_keeps_the_old_checkpoint(dataset, tmp_path, monkeypatch):
     for name, content in kept.items():
         assert (tmp_path / "run" / name).read_bytes() == content
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["train", "plan", "evaluate"])
+def test_a_missing_package_is_one_line(module, monkeypatch, capsys):
+    here = importlib.util.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "tyro" else here(name))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"bit.{module}", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert (
+        said.startswith(f"python -m bit.{module}: error: tyro can't be imported")
+        and "pip install tyro" in said
+    )
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """python -m bit_kernels.triton.tune: what it measures, that it checks first, what it writes."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,28 @@ def test_a_tile_that_does_not_fit_is_left_out(monkeypatch):
     monkeypatch.setattr(gpu, "convolve", refused)
     ways, faults = tune.measure(CASES[1], 2, torch.device(DEVICE), wall_clock, TILES)
     assert set(ways) == {*gpu.PARTS, str(TILES[0])} and not faults
+
+
+def test_the_separate_way_is_timed_as_training_has_it(monkeypatch, tmp_path):
+    tried = {}
+
+    def clock(device):
+        tried["timed"] = torch.backends.cudnn.benchmark
+
+    def truth():
+        tried["float64"] = torch.backends.cudnn.benchmark
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "gpu_clock", clock)
+    monkeypatch.setattr(
+        tune._Inputs, "of", lambda *arguments: SimpleNamespace(ways=id, truth=truth)
+    )
+    with pytest.raises(InterruptedError):
+        tune.main(["--output", str(tmp_path / "measured.csv")])
+    assert tried == {"timed": True, "float64": False}
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="about a GPU's clock")

@@ -31,7 +31,7 @@ from bit_kernels.triton._launch import ceil_div, launch, multiprocessors, power_
 # Elements of a tensor that a program holds, so that two programs and more share a multiprocessor's
 # registers; backward holds two tensors.
 _HELD_FORWARD, _HELD_BACKWARD = 16384, 8192
-_HELD_UNALIGNED = 4096
+_HELD_UNALIGNED, _HELD_VECTORS = 4096, 2048  # in contiguous memory; vectors of 16 bytes
 _SWEPT_TILE, _SPLIT_TILE = 4096, 2048  # elements that a program works on at a time
 _WIDEST = 1024  # channels of such a tile
 
@@ -82,10 +82,11 @@ class _Shape(NamedTuple):
 
         In channels_last memory a pixel's piece of it is 16 bytes at least: caches deal in 32. In
         contiguous memory a thread has as many channels as vectors, and the parameters of each beside
-        them: where vectors are single elements, registers are enough for few.
+        them: registers are enough for 8 vectors of 16 bytes, or few single elements.
         """
-        if not self.channels_last and self.vector == 1:
-            elements = min(elements, _HELD_UNALIGNED)
+        if not self.channels_last:
+            few = _HELD_UNALIGNED if self.vector == 1 else _HELD_VECTORS * self.vector
+            elements = min(elements, few)
         BP = power_of_2(self.P)
         BG = self._groups(elements // BP)
         if BP * BG * power_of_2(self.D) > elements:
@@ -324,7 +325,7 @@ def backward(
         kernels.input_gradient_kernel, grid,
         grad_output, x, mean, rstd, weight, bias, group_mean, group_mean_normal, grad_skip,
         grad_input, *numbers, splits, rows, D=shape.D, **tile, **shape.layout, RELU=relu,
-        registers=128 if shape.vector == 1 else None,  # masks one by one; else it may spill some
+        registers=200 if shape.vector == 1 else None,  # else the assembler may spill some
     )  # fmt: skip
     return grad_input, *_parameter_gradients(sums, sums_normal, shape)
 

@@ -38,8 +38,8 @@ OF_PARTS = re.compile("combine|parameter_gradients|coefficients|norm_kernel")
 APART = ("mixup", "norm_relu_conv")
 # So that one program's loads hide behind another's arithmetic; the fused convolution has a pipeline.
 PROGRAMS = 2
-# ptxas may put a register or two away, once, where that makes room for one more program.
-STACK = 8
+# ptxas may put a few registers away, once, where that makes room for one more program: in bytes.
+STACK = 16
 
 
 def check(row: static.Row) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class _Statistics(NamedTuple):
-    captured: bool
     version: int
     num_groups: int
     eps: float
     mean: Tensor
     rstd: Tensor
+    captured: bool  # were they taken in a CUDA graph's capture?
 
 
 def remember(tensor: Tensor, num_groups: int, eps: float, mean: Tensor, rstd: Tensor) -> None:
@@ -25,14 +25,14 @@ def remember(tensor: Tensor, num_groups: int, eps: float, mean: Tensor, rstd: Te
     if tensor.is_inference():  # a change in place would go unseen
         return
     tensor._group_statistics = _Statistics(
-        _in_capture(tensor), tensor._version, num_groups, eps, mean, rstd
+        tensor._version, num_groups, eps, mean, rstd, _in_capture(tensor)
     )
 
 
 def recall(tensor: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor] | None:
     """mean and rstd of these groups of `tensor`, if they are known and still true."""
     known = getattr(tensor, "_group_statistics", None)
-    if known is None or known[1:4] != (tensor._version, num_groups, eps):
+    if known is None or known[:3] != (tensor._version, num_groups, eps):
         return None
     if _in_capture(tensor) and not known.captured:  # a replay may find another tensor there
         return None

@@ -4,7 +4,7 @@
 #   make test     every test: the CPU's, Triton's kernels by its interpreter, and where torch sees a
 #                 GPU, those on it
 #   make test-gpu-static  every launch of R50x1 and R152x4, compiled for four GPUs that needn't be
-#                 there, within its bounds; 20 minutes
+#                 there, within its bounds; 10 to 20 minutes
 #   make setup    what both need: .venv, dependencies, the native library
 #
 # PYTHON  the interpreter that .venv is made with, 3.11 to 3.13

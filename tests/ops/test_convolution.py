@@ -2,16 +2,24 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from checking import DTYPES, LAYOUTS, assert_as_good, of_the_cpu
 
-from bit_kernels import reference
+from bit_kernels import _library, reference
 from bit_kernels.functional import Conv, Norm, norm_relu_conv
 from bit_kernels.ops._convolution import convolution_backward, plain
 
 pytestmark = of_the_cpu  # on GPUs it is cuDNN's
+
+
+def _has_products() -> bool:
+    return _library.native is not None and _library.native.isa() != "avx512"
+
 
 IN_PARTS = "patches of 17 MB, in two parts"
 # (input, C_out, kernel, stride, padding, dilation, groups): a reason each.
@@ -78,6 +86,8 @@ def test_what_is_needed_comes(needs):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradient_lies_as_its_weight(sample, layout):
     """Else autograd would copy it on its way into `grad`."""
+    if not _has_products():
+        pytest.skip("PyTorch's own lies as it likes")
     (g, x, w), geometry = make(sample, torch.float32)
     w = LAYOUTS[layout](w)
     (ours,) = convolution_backward(g, x, w, *geometry, [0, 1, 0])
@@ -151,3 +161,14 @@ def test_refusals():
             norm_relu_conv(
                 LAYOUTS["channels_last"](torch.ones(2, 8, 3, 3)), Norm(4), [Conv(weight)]
             )
+
+
+def test_matrix_products_where_the_processor_would_do_without():
+    """With AVX-512 all of the above ran PyTorch's own convolution."""
+    if _has_products():
+        pytest.skip("what is above ran them")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "BIT_KERNELS_ISA": "avx2"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert "1 skipped" in run.stdout  # this one

@@ -273,14 +273,13 @@ class Mixup:
         n, channels, height, width = shape
         elements = n * channels * height * width
         in_worker = get_worker_info() is not None
+        buffer = self._ring[slot]
         if torch.cuda.is_available() and not in_worker:
-            # PyTorch gives pinned memory away again, once the copies from it are done.
+            # Not from the ring: PyTorch gives pinned memory away again, once copies from it are done.
             buffer = torch.empty(elements, dtype=self.dtype, device="cpu", pin_memory=True)
-        else:
-            buffer = self._ring[slot]
-        if buffer is None or len(buffer) < elements:
+        elif buffer is None or len(buffer) < elements:
             buffer = torch.empty(elements, dtype=self.dtype, device="cpu")
-            self._ring[slot] = buffer = buffer.share_memory_() if in_worker else buffer
+            buffer = self._ring[slot] = buffer.share_memory_() if in_worker else buffer
         return buffer[:elements].view(n, height, width, channels).permute(0, 3, 1, 2)
 
     def _forget(self) -> None:

@@ -112,9 +112,7 @@ class Row(NamedTuple):
     case: str
     launch: int  # which of the case's
     grid: tuple[int, ...]
-    activations: tuple[
-        str, ...
-    ]  # the kernel's names for tensors as large as the case's activations
+    activations: tuple[str, ...]  # the kernel's names for tensors as large as the case's
     aligned: bool
     compiled: Compiled
 

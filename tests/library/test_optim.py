@@ -676,6 +676,10 @@ def _rank(rank, folder):
         optimizer.step()
     if rank == 0:
         torch.save(model.state_dict(), f"{folder}/weights")
+    # DDP must not be the last to hold the group: it would wait for the group's threads with the GIL
+    # held, and they need the GIL to free what they reduced, so that now and then both wait for ever.
+    del parallel
+    gc.collect()
     dist.destroy_process_group()
 
 

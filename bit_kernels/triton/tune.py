@@ -167,7 +167,9 @@ def measure(
     """Seconds of each way that is right and fits the GPU; and what was wrong with others."""
     small = _Inputs.of(case, min(batch, 2), device)  # tiles lie within samples: 2 are like many
     ways, faults, right = small.ways(tiles), [], []
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # what is done once
+    # What is done once isn't tuned; TF32 stays as it is, since the fused kernel goes by it, too.
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=allow_tf32):
         truth, separate = small.truth(), ways["convolution"]()
     for tile in tiles:
         try:

@@ -128,9 +128,11 @@ def test_the_separate_way_is_timed_as_training_has_it(monkeypatch, tmp_path):
 
     def truth():
         tried["float64"] = torch.backends.cudnn.benchmark
+        tried["tf32"] = torch.backends.cudnn.allow_tf32
         raise InterruptedError
 
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune, "gpu_clock", clock)
@@ -139,7 +141,7 @@ def test_the_separate_way_is_timed_as_training_has_it(monkeypatch, tmp_path):
     )
     with pytest.raises(InterruptedError):
         tune.main(["--output", str(tmp_path / "measured.csv")])
-    assert tried == {"timed": True, "float64": False}
+    assert tried == {"timed": True, "float64": False, "tf32": False}
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="about a GPU's clock")

@@ -255,15 +255,12 @@ class MatrixLimit:
     def sample(self) -> float:
         """GFLOP/s, a multiplication and an addition as two."""
         begin, end = self._events
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = before or self._tf32
-        try:
+        matmul = torch.backends.cuda.matmul
+        with _set(matmul, "allow_tf32", matmul.allow_tf32 or self._tf32):
             torch.cuda._sleep(SPIN_CYCLES)
             begin.record()
             torch.mm(self._left, self._right, out=self._product)
             end.record()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
         return 2 * len(self._left) ** 3 / _seconds(begin, end) / 1e9
 
 
@@ -280,22 +277,21 @@ def warm_up(matrix: MatrixLimit, seconds: float = 1.0) -> None:
 
 
 @contextlib.contextmanager
-def untuned() -> Iterator[None]:
+def _set(place: object, name: str, value: object) -> Iterator[None]:
+    """The attribute of `place` is `value` until the block ends."""
+    before = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+def untuned() -> contextlib.AbstractContextManager[None]:
     """Convolutions as cuDNN guesses them: for float64, each of which is done once or twice."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    return _set(torch.backends.cudnn, "benchmark", False)
 
 
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
+def without_tf32() -> contextlib.AbstractContextManager[None]:
     """Convolutions of float32 in full precision, cuDNN's and ours, which is told by the same flag."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    return _set(torch.backends.cudnn, "allow_tf32", False)

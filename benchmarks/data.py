@@ -9,7 +9,6 @@ bfloat16, with batches that lie on the device already, or are copied there meanw
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.ops import mixup
 from benchmarks.runner import Case
+from bit import packages
 from bit.data import Batch, Split
 
 LOADED, AT_HAND = "loaded", "at_hand"
@@ -56,8 +56,8 @@ NEEDED = ("tyro", "tqdm")  # by bit.train, and not by the op and its rivals
 
 
 def left_out(device: str) -> list[str]:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    return [f"wait/, which trains: {' and '.join(missing)} are missing"] if missing else []
+    absent = packages.missing(*NEEDED)
+    return [f"wait/, which trains: {' and '.join(absent)} are missing"] if absent else []
 
 
 def cases(

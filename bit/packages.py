@@ -1,4 +1,4 @@
-"""What a command line needs beside PyTorch, asked for before the imports that would fail."""
+"""Which packages are here: what a command needs is asked for before the imports that would fail."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import sys
 from importlib.util import find_spec
 
 
+def missing(*names: str) -> list[str]:
+    """Those of the packages that can't be imported here."""
+    return [name for name in names if find_spec(name) is None]
+
+
 def require(prog: str, *names: str) -> None:
     """Exit with code 2 and one line on what to install, where one of the packages is missing."""
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        told = f"{' and '.join(missing)} can't be imported; pip install {' '.join(missing)}"
+    if absent := missing(*names):
+        told = f"{' and '.join(absent)} can't be imported; pip install {' '.join(absent)}"
         print(f"{prog}: error: {told}", file=sys.stderr)
         sys.exit(2)

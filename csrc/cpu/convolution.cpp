@@ -98,7 +98,7 @@ Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_s
 
 // With AVX-512 oneDNN's convolutions do more than twice the operations a second; the products of
 // PyTorch's library do so on some processors only: on an AMD EPYC, with them, a step of R50x1 took
-// 1.6 times its convolutions' time, and takes 1.26 without.
+// 1.6 times its convolutions' time, and takes 1.2 without.
 bool products_pay() {
   static const bool pay = best_isa() != Isa::kAvx512;
   return pay;

@@ -80,7 +80,7 @@ class ResNetV2(nn.Module):
     """
 
     def __init__(self, name: str, num_classes: int = 1000, *, stem: str = "imagenet"):
-        units, base = _shape_of(name)
+        units, base = shape_of(name)
         if num_classes < 0:
             raise ValueError(
                 f"num_classes is {num_classes}; it must be at least 1, or 0 for no head"
@@ -261,7 +261,7 @@ class Unit(nn.Module):
         self.conv3 = StdConv2d(mid, 4 * mid, 1, bias=False)
         # How each convolution's result is normalised by what reads it, the sum by whatever follows.
         self.next_norms = [(norm.num_groups, norm.eps) for norm in (self.norm2, self.norm3)]
-        self.next_norms.append((_groups(4 * mid), self.norm1.eps))
+        self.next_norms.append((groups_of(4 * mid), self.norm1.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         # The projection takes the activated map, the identity (proj is None) the raw one.
@@ -280,14 +280,14 @@ def _block(units: int, channels: int, mid: int, stride: int) -> nn.Sequential:
 
 
 def _norm(channels: int) -> GroupNorm:
-    return GroupNorm(_groups(channels), channels, activation="relu")
+    return GroupNorm(groups_of(channels), channels, activation="relu")
 
 
-def _groups(channels: int) -> int:
+def groups_of(channels: int) -> int:
     return min(32, channels // 2)
 
 
-def _shape_of(name: str) -> tuple[tuple[int, ...], int]:
+def shape_of(name: str) -> tuple[tuple[int, ...], int]:
     """Return the units of each block and the root's channels, or raise ValueError."""
     match = re.fullmatch(r"R(\d+)x(\d+(?:\.\d+)?)", name)
     if match is None or int(match[1]) not in UNITS:
@@ -297,7 +297,7 @@ def _shape_of(name: str) -> tuple[tuple[int, ...], int]:
         )
     base = 64 * float(match[2])
     widths = [int(base) * 2**doublings for doublings in range(6)]
-    if base != int(base) or base < 2 or any(c % _groups(c) for c in widths):
+    if base != int(base) or base < 2 or any(c % groups_of(c) for c in widths):
         raise ValueError(
             f"name is {name!r}; a width of {match[2]} gives channels that GroupNorm can't group; "
             f"it may be a multiple of 0.5, or for instance 0.125, 0.1875, 0.25, 0.375 or 0.75"

@@ -5,6 +5,11 @@
 exits with 0 if it fits, 1 if it doesn't, 2 for a wrong argument. `bit.train` asks the same of the
 GPU that it is given.
 
+    python -m bit.plan --topology v3:16x16 --recipe bit_m --model R152x4
+
+compiles the step of `bit.train --engine xla` for TPUs that needn't be there, and says what the
+compiler says of it: bit/xla/plan.py.
+
 What autograd keeps is counted by running the forward on tensors that have shapes and storages but
 no bytes (FakeTensorMode), with the optimizer that `bit.train` uses. What a pass takes for a moment
 is estimated, and so are the libraries; `account` says how. torch.compile keeps other tensors, and
@@ -15,9 +20,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 if __name__ == "__main__":
     from bit.packages import require
@@ -274,20 +282,35 @@ class Ask:
 
     model: str = "R50x1"
     """R{depth}x{width}."""
-    batch: int = 64
-    """Images a forward and backward pass: micro_batch of bit.train, or batch if that is less."""
+    batch: int | None = None
+    """Images a forward and backward pass: micro_batch of bit.train, or batch if that is less. None
+    = 64; with --topology, of each device, 8, or its share of a recipe's 4096."""
     size: int = 224
     """Side of the images, px."""
-    dtype: Dtype = "float32"
-    """float32, or bfloat16 for autocast with float32 weights."""
+    dtype: Dtype | None = None
+    """float32, or bfloat16 for autocast with float32 weights; None = float32, and bfloat16 with
+    --topology."""
     memory: float = 80.0
-    """Of the device, GB of 10^9 bytes."""
-    classes: int = 1000
-    """Classes of the head; ImageNet-21k has 21843."""
+    """Of the device, GB of 10^9 bytes; a topology knows its own."""
+    classes: int | None = None
+    """Classes of the head; ImageNet-21k has 21843. None = the recipe's, or 1000."""
     stem: Stem = "imagenet"
     """imagenet or small."""
     device: str = "cuda"
     """cuda, or cpu for a run there, which needs no workspace."""
+    topology: str | None = None
+    """TPUs to compile the step for, GENERATION:AxB or AxBxC in chips: v2:2x2, v3:16x16, v4:8x8x8,
+    v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1. Needs libtpu, a minute or more, no TPU."""
+    recipe: Literal["bit_s", "bit_m", "bit_l"] | None = None
+    """With --topology: a pre-training of the paper, for classes, loss, batch and whole time."""
+    sharded: bool = True
+    """With --topology: weights and momenta spread over the devices, as bit.train does it."""
+    remat: bool = False
+    """With --topology: run residual units again in backward."""
+    json: bool = False
+    """With --topology: print one JSON object instead of text."""
+    picture: str | None = None
+    """With --topology: draw it, too, into this .png, .svg or .pdf."""
 
 
 def report(ask: Ask) -> tuple[str, bool]:
@@ -296,13 +319,15 @@ def report(ask: Ask) -> tuple[str, bool]:
         raise ValueError(f"memory is {ask.memory}; it must be more than 0 and finite")
     if ask.device not in ("cpu", "cuda"):
         raise ValueError(f"device is {ask.device!r}; it must be cpu or cuda")
+    batch, classes = _given(ask.batch, 64), _given(ask.classes, 1000)
+    dtype = ask.dtype or "float32"
     plan = account(
         ask.model,
-        ask.batch,
+        batch,
         ask.size,
-        classes=ask.classes,
+        classes=classes,
         stem=ask.stem,
-        dtype=ask.dtype,
+        dtype=dtype,
         device=ask.device,
     )
     if ask.device == "cuda":
@@ -311,8 +336,7 @@ def report(ask: Ask) -> tuple[str, bool]:
     capacity, spare = ask.memory * GB, ask.memory * GB - plan.total
     width = max(len(part.name) for part in plan.parts)
     lines = [
-        f"{ask.model}, {ask.classes} classes, {ask.batch} images of {ask.size} px a pass, "
-        f"{ask.dtype}",
+        f"{ask.model}, {classes} classes, {batch} images of {ask.size} px a pass, {dtype}",
         "",
         *(f"{p.name:{width}}  {p.nbytes / GB:8.3f} GB  {p.what}" for p in plan.parts),
         f"{'total':{width}}  {plan.total / GB:8.3f} GB",
@@ -331,6 +355,56 @@ def report(ask: Ask) -> tuple[str, bool]:
     return "\n".join(lines), spare >= 0
 
 
+def topology_report(ask: Ask) -> tuple[str, bool]:
+    """The same for TPUs that are described: see bit/xla/plan.py."""
+    from bit.packages import missing
+
+    if absent := missing("jax", "flax", "optax"):
+        raise ValueError(
+            f"topology is {ask.topology!r}, and {' and '.join(absent)} can't be imported; "
+            "pip install 'bit-kernels[tpu]'"
+        )
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is there isn't needed
+    from bit.xla import plan as compiled
+    from bit.xla import topology
+
+    recipe = compiled.RECIPES[ask.recipe] if ask.recipe else None
+    batch = ask.batch
+    if batch is None and recipe is not None:
+        devices = len(topology.describe(ask.topology).devices)
+        batch = -(-compiled.RECIPE_BATCH // devices)
+    question = compiled.Question(
+        ask.topology,
+        ask.model,
+        classes=_given(ask.classes, recipe.classes if recipe else 1000),
+        batch=_given(batch, 8),
+        size=ask.size,
+        stem=ask.stem,
+        dtype=ask.dtype or "bfloat16",
+        loss=recipe.loss if recipe else "softmax",
+        sharded=ask.sharded,
+        remat=ask.remat,
+    )
+    try:
+        answer = compiled.answer(question)
+    except compiled.TooLarge as error:
+        fitting = compiled.what_fits(question)
+        if not ask.json:
+            return compiled.refusal(error, fitting), False
+        tree = {"fits": False, "needed": error.needed, "limit": error.limit}
+        tree["would_fit"] = None if fitting is None else compiled.tree(fitting, recipe)
+        return json.dumps(tree), False
+    if ask.picture:
+        compiled.picture(answer, ask.picture)
+    if ask.json:
+        return json.dumps(compiled.tree(answer, recipe)), True
+    return compiled.text(answer, recipe), True
+
+
+def _given(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
 def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 fits, 1 doesn't, 2 wrong."""
     from bit.cli import guarded  # which imports bit.train, which imports this
@@ -339,7 +413,7 @@ def main(args: list[str] | None = None) -> int:
     fits = []
 
     def command() -> None:
-        text, fit = report(ask)
+        text, fit = (topology_report if ask.topology else report)(ask)
         print(text)
         fits.append(fit)
 

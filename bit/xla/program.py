@@ -1,0 +1,144 @@
+"""What a program compiled for a TPU says of itself: cycles by kind, memory, sums over devices.
+
+Read off the optimized, scheduled HLO text. Cycles are the compiler's own estimates, one a fusion or
+copy, which it chooses by; collectives have none. They are no measurement.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+KINDS = ("convolutions", "normalisation", "standardization", "update", "copies", "other")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\(")
+_CALLS = re.compile(r"(?:calls|to_apply|body)=%([\w.-]+)")
+_COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
+_COPIES = {"copy", "copy-start", "transpose", "broadcast", "pad", "bitcast", "reshape", "slice"}
+# Scopes of bit_kernels.xla, as they stand in op_name.
+_SCOPES = {
+    "standardize_weight": "standardization",
+    "sgd": "update",
+    "group_norm_relu": "normalisation",
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Data of one type that goes from device to device. nbytes: of the whole array."""
+
+    what: str  # "sum", or "gather": to every device what each has a part of
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """cycles: estimated, by kind. collectives: added up by what and type. peak: bytes a device."""
+
+    cycles: dict[str, int]
+    collectives: tuple[Collective, ...]
+    peak: int
+    arguments: int
+    temporaries: int
+
+    @property
+    def total_cycles(self) -> int:
+        return sum(self.cycles.values())
+
+    @property
+    def summed_in(self) -> dict[str, int]:
+        """Bytes that are summed over the devices, by type."""
+        return {c.dtype: c.nbytes for c in self.collectives if c.what == "sum"}
+
+
+def read(compiled) -> Program:
+    """Read a `jax.stages.Compiled` for TPUs."""
+    memory = compiled.memory_analysis()
+    cycles, collectives = _walk(_computations(compiled.as_text()))
+    return Program(
+        cycles={kind: cycles[kind] for kind in KINDS},
+        collectives=tuple(Collective(*key, n) for key, n in sorted(collectives.items())),
+        peak=memory.peak_memory_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+    )
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation, by name; the entry's is ''."""
+    found, lines = {}, []
+    for line in text.splitlines():
+        if (match := _COMPUTATION.match(line)) is not None:
+            lines = found["" if line.startswith("ENTRY") else match[1]] = []
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
+    return found
+
+
+def _walk(computations: dict[str, list[str]]) -> tuple[Counter, Counter]:
+    """Cycles by kind, and bytes by (what, dtype), of the entry and the loops that it runs."""
+    multiplies: dict[str, bool] = {}
+
+    def has_convolution(name: str) -> bool:
+        if name not in multiplies:
+            lines = computations.get(name, [])
+            multiplies[name] = any(
+                " convolution(" in line or " dot(" in line or any(map(has_convolution, calls(line)))
+                for line in lines
+            )
+        return multiplies[name]
+
+    cycles, moved = Counter(), Counter()
+
+    def run(name: str, times: int) -> None:
+        for line in computations[name]:
+            _, shape, opcode = _INSTRUCTION.match(line).groups()
+            if opcode == "while":
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                run(re.search(r"body=%([\w.-]+)", line)[1], times * int(trips[1] if trips else 1))
+            elif opcode == "call":
+                run(calls(line)[0], times)
+            if (estimate := re.search(r'"estimated_cycles":"(\d+)"', line)) is not None:
+                convolves = opcode in ("convolution", "dot") or any(
+                    map(has_convolution, calls(line))
+                )
+                kind = "convolutions" if convolves else _kind(opcode, line)
+                cycles[kind] += times * int(estimate[1])
+            if opcode.removesuffix("-start") in _COLLECTIVES:
+                for dtype, nbytes in _arrays(shape, opcode).items():
+                    moved[_what(opcode, line), dtype] += times * nbytes
+
+    def calls(line: str) -> list[str]:
+        return _CALLS.findall(line)
+
+    run("", 1)
+    return cycles, moved
+
+
+def _kind(opcode: str, line: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', line)
+    scopes = re.findall(r"[\w]+", name[1]) if name else []
+    for scope, kind in _SCOPES.items():
+        if scope in scopes:
+            return kind
+    return "copies" if opcode in _COPIES else "other"
+
+
+def _what(opcode: str, line: str) -> str:
+    """A gather may be compiled as a sum of what is zero on all devices but one."""
+    gathers = "all_gather" in line.partition('op_name="')[2].partition('"')[0]
+    return "gather" if gathers or opcode.startswith("all-gather") else "sum"
+
+
+def _arrays(shape: str, opcode: str) -> dict[str, int]:
+    """Bytes of the arrays in a shape, by type."""
+    found = Counter()
+    for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
+        sizes = [int(n) for n in dimensions.split(",") if n]
+        found[dtype] += BYTES[dtype] * math.prod(sizes)
+    if opcode in ("all-gather-start", "reduce-scatter-start"):  # what goes in and what comes out
+        return {dtype: nbytes for dtype, nbytes in found.items()}
+    return found

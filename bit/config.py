@@ -26,6 +26,7 @@ Loss = Literal["softmax", "sigmoid"]
 Dtype = Literal["float32", "bfloat16"]
 AugmentKind = Literal["crop", "inception"]
 Outputs = Literal["full", "minimal"]
+Engine = Literal["torch", "xla"]
 
 Flat = tyro.conf.arg(name="")  # a section's flags carry no prefix: --crop, not --images.crop
 
@@ -132,11 +133,21 @@ class Run:
     """Updates between checkpoints; None = as often as evaluations."""
     eval_batch: int = 64
     """Images a forward pass in evaluation."""
+    engine: Engine = "torch"
+    """What trains: torch, or xla, which is JAX, on all devices of a kind at once."""
     device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    """cpu, cuda or cuda:N; with engine xla cpu, cuda or tpu."""
     dtype: Dtype = "float32"
-    """float32, or bfloat16 for autocast with float32 weights (NVIDIA GPUs from Ampere on). float32
-    on a GPU is torch's default there: convolutions in TF32, matrix products in full precision."""
+    """float32, or bfloat16 for autocast with float32 weights (NVIDIA GPUs from Ampere on; with
+    engine xla anywhere). float32 on a GPU is torch's default there: convolutions in TF32, matrix
+    products in full precision."""
+    sharded: bool = True
+    """With engine xla: spread weights and momenta over the devices, each of which updates its part."""
+    remat: bool = False
+    """With engine xla: keep of a residual unit its input alone, and run it again in backward."""
+    distributed: bool = False
+    """With engine xla: this is one process of several, one a host of a TPU pod, which find each
+    other by jax.distributed; micro_batch is of each device."""
     channels_last: bool = True
     """Keep activations and weights channels-last in memory."""
     compile: bool = False
@@ -199,6 +210,7 @@ def check(config: Config) -> None:
         (schedule, "loss", Loss),
         (run, "dtype", Dtype),
         (run, "outputs", Outputs),
+        (run, "engine", Engine),
     ):
         allowed = get_args(choices)
         _require(getattr(section, name) in allowed, section, name, f"one of {', '.join(allowed)}")
@@ -247,10 +259,17 @@ def check(config: Config) -> None:
         "decays",
         "ascending update numbers, 0 or more",
     )
+    if run.engine == "xla":
+        _require(run.device in ("cpu", "cuda", "tpu"), run, "device", "cpu, cuda or tpu")
+        for name in ("compile", "cuda_graph"):
+            _require(not getattr(run, name), run, name, "False with engine xla, which compiles all")
+        return
     _require(
         re.fullmatch(r"cpu|cuda(:\d+)?", run.device) is not None, run, "device", "cpu, cuda, cuda:N"
     )
     _require(not run.cuda_graph or run.device != "cpu", run, "cuda_graph", "False on device cpu")
+    for name in ("remat", "distributed"):
+        _require(not getattr(run, name), run, name, "False with engine torch")
 
 
 def resolve(

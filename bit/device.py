@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 # How the allocator says that memory is not enough, then cuBLAS and cuDNN, whose last words are that
-# no algorithm's workspace fits.
+# no algorithm's workspace fits, and XLA.
 NO_MEMORY = (
     "out of memory",
     "ALLOC_FAILED",
     "unable to find an engine to execute this computation",
+    "RESOURCE_EXHAUSTED",
 )
 BFLOAT16_CAPABILITY = (8, 0)  # compute capability of the first NVIDIA GPUs with such instructions
 

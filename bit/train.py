@@ -7,8 +7,8 @@
 
 A run leaves a folder: config.json (resolved), log.jsonl, tensorboard/, curves.png,
 best.safetensors (by validation top-1, where there is a validation split), last.safetensors, and
-result.json with the scores on the test images once it is finished. state.safetensors is what
-`--resume` reads; it goes when the run is finished.
+result.json with the scores on the test images once it is finished. state.safetensors (with
+`--engine xla` the folder state/) is what `--resume` reads; it goes when the run is finished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bit import checkpoint, hyperrule, models, plan, state
-from bit.config import Config, check, resolve
+from bit.config import Config, Run, check, resolve
 from bit.data import Augment, Batch, Dataset, Split, TrainBatches
 from bit.data.threads import Clock
 from bit.device import Reading, check_device, is_short_of_memory, set_up
@@ -42,6 +42,7 @@ from bit.folder import check_folder, write_config
 from bit.graphs import Eager, Graphed, Targets
 from bit.interrupt import StopSignals
 from bit.metrics import Metrics, autocast, evaluate
+from bit.packages import missing
 from bit.prefetch import LoadedBatch, loaded
 from bit.runlog import RunLog
 from bit.task import Task, check_same_classes, load_dataset, make_task
@@ -104,7 +105,7 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
     Stopped after SIGINT or SIGTERM.
     """
     check(config)
-    check_device(config.run.device, config.run.dtype)
+    engine = engine_of(config.run)
     task = make_task(dataset or load_dataset(config.data, config.images), config.images)
     weights = config.network.checkpoint
     trained = checkpoint.read_metadata(weights) if weights else {}
@@ -120,16 +121,15 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
     check_folder(folder, config, resume=config.run.resume)
     if (finished := Result.read(folder)) is not None:
         return finished
-    if (warning := plan.warning(config, len(task.classes))) is not None:
+    if (warning := engine.warning(config, len(task.classes))) is not None:
         print(f"{label}: {warning}", file=sys.stderr)
-    trainer = Trainer(config, task)
-    write_config(folder, config)  # only now, so that what can't be run leaves nothing behind
-    trainer.restore()
+    trainer = engine(config, task)
+    trainer.begin()  # only now, so that what can't be run leaves nothing behind
     start = trainer.progress
     with (
         StopSignals() as stop,
         RunLog(
-            folder,
+            trainer.log_folder,
             total=config.schedule.steps,
             batch=config.schedule.batch,
             start=start.step,
@@ -140,11 +140,33 @@ def run(config: Config, dataset: Dataset | None = None, *, label: str = "train")
     ):
         if start.step:
             log.say(f"resumed after update {start.step} of {config.schedule.steps}")
-        return trainer.fit(log, stop)
+        return trainer.fit(log, trainer.agreed(stop))
+
+
+def engine_of(settings: Run) -> type[Trainer]:
+    """What trains: `Trainer`, which is PyTorch's, or its counterpart on XLA.
+
+    Raises ValueError for packages or a device that aren't here.
+    """
+    if settings.engine == "torch":
+        check_device(settings.device, settings.dtype)
+        return Trainer
+    if absent := missing("jax", "flax", "optax", "orbax"):
+        raise ValueError(
+            f"engine is 'xla', and {' and '.join(absent)} can't be imported; it must be torch, or "
+            "pip install 'bit-kernels[xla]'"
+        )
+    from bit.xla.train import XlaTrainer, check_devices
+
+    check_devices(settings)
+    return XlaTrainer
 
 
 class Trainer:
     """One run: the network, the optimizer, the batches, and how far it has come.
+
+    This one trains with PyTorch; `bit.xla.train.XlaTrainer` puts other methods in the place of
+    those that say so.
 
     config: resolved.
     """
@@ -156,11 +178,8 @@ class Trainer:
         self.progress = state.Progress(images=len(task.train))
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        set_up(settings.device, deterministic=settings.deterministic)
         torch.manual_seed(settings.seed)
-        with self.memory_advice("a smaller model"):
-            self.model = build(config, len(task.classes))
-        self.optimizer = make_optimizer(self.model, config)
+        self.prepare()
         self.batches = TrainBatches(
             task.train,
             Augment(images.resize, images.crop, images.flip, images.augment == "inception"),
@@ -170,7 +189,66 @@ class Trainer:
             workers=settings.workers,
         )
         self.data_clock = Clock()
+
+    # ---- what an engine does in its own way
+
+    @staticmethod
+    def warning(config: Config, classes: int) -> str | None:
+        """What to tell before a run that seems too large; None if it doesn't."""
+        return plan.warning(config, classes)
+
+    def prepare(self) -> None:
+        """Make the network, fresh or from a checkpoint, and the optimizer."""
+        settings = self.config.run
+        set_up(settings.device, deterministic=settings.deterministic)
+        with self.memory_advice("a smaller model"):
+            self.model = build(self.config, len(self.task.classes)).to(settings.device)
+        self.optimizer = make_optimizer(self.model, self.config)
         self.passes: Eager | Graphed = Eager(self.loss_of)
+
+    @property
+    def log_folder(self) -> Path:
+        """Where this process logs."""
+        return self.folder
+
+    def agreed(self, stop: StopSignals) -> StopSignals:
+        """What stops all processes of a run, from what stops this one."""
+        return stop
+
+    def stream(self, start: int, total: int, log: RunLog) -> Iterator[Any]:
+        """What `update` takes, for updates start to total - 1, prepared ahead."""
+        self.model.train()
+        schedule, settings = self.config.schedule, self.config.run
+        if settings.cuda_graph:
+            self.passes = self.capture(log)
+        return loaded(self.batches.iterate(start, total), schedule.micro_batch, settings.device)
+
+    def scored(self) -> dict[str, Any]:
+        """The weights of now as arguments of `evaluate`: model, device and dtype."""
+        settings = self.config.run
+        return {"model": self.model, "device": settings.device, "dtype": settings.dtype}
+
+    def weights(self) -> nn.Module:
+        """The network with the weights of now, to be saved."""
+        return self.model
+
+    def has_state(self) -> bool:
+        """Whether the run's folder has a state to go on from."""
+        return (self.folder / state.FILE).exists()
+
+    def load_state(self) -> state.Progress:
+        """Take up the state in the run's folder."""
+        return state.load(self.folder, self.model, self.optimizer)
+
+    def save_state(self) -> None:
+        """Write the state into the run's folder, whole or not at all; OSError if it can't."""
+        state.save(self.folder, self.model, self.optimizer, self.progress)
+
+    def drop_state(self) -> None:
+        """Remove it, at the end of a run."""
+        (self.folder / state.FILE).unlink(missing_ok=True)
+
+    # ---- PyTorch's passes
 
     @cached_property
     def network(self) -> nn.Module:
@@ -181,10 +259,11 @@ class Trainer:
         torch.compiler.reset()
         return torch.compile(self.model, dynamic=False, fullgraph=True)
 
-    def restore(self) -> None:
-        """Go on from the state in the run's folder, where the config says so and there is one."""
-        if self.config.run.resume and (self.folder / state.FILE).exists():
-            self.progress = state.load(self.folder, self.model, self.optimizer)
+    def begin(self) -> None:
+        """Make the run's folder, and go on from the state in it, where the config says so."""
+        write_config(self.folder, self.config)
+        if self.config.run.resume and self.has_state():
+            self.progress = self.load_state()
             if self.progress.images != (count := len(self.task.train)):
                 raise ValueError(
                     f"resume is True, but data {self.config.data!r} now has {count} training "
@@ -197,11 +276,7 @@ class Trainer:
         start, total = progress.step, schedule.steps
         if start and start % settings.eval_every == 0 and progress.evaluated < start < total:
             self.evaluate(log, stop)  # a signal came before this evaluation
-        self.model.train()
-        if settings.cuda_graph:
-            self.passes = self.capture(log)
-        batches = loaded(self.batches.iterate(start, total), schedule.micro_batch, settings.device)
-        batches = self.data_clock.timed(batches)
+        batches = self.data_clock.timed(self.stream(start, total, log))
         for step, batch in enumerate(batches, start):
             if stop:
                 break
@@ -276,15 +351,13 @@ class Trainer:
         settings = self.config.run
         with self.memory_advice(f"--eval-batch of less than {settings.eval_batch}"):
             return evaluate(
-                self.model,
-                split,
+                split=split,
                 size=self.config.images.crop,
                 batch=settings.eval_batch,
                 loss=self.config.schedule.loss,
-                device=settings.device,
-                dtype=settings.dtype,
                 workers=settings.workers,
                 stop=lambda: bool(stop),
+                **self.scored(),
             )
 
     def evaluate(self, log: RunLog, stop: StopSignals) -> Metrics | None:
@@ -331,9 +404,13 @@ class Trainer:
             seconds=log.seconds,
             classes=tuple(self.task.classes),
         )
-        result.write()
-        (self.folder / state.FILE).unlink(missing_ok=True)
+        self.conclude(result)
         return result
+
+    def conclude(self, result: Result) -> None:
+        """Mark the run as finished."""
+        result.write()
+        self.drop_state()
 
     def save(self, log: RunLog) -> None:
         """Write last.safetensors, and the state that a resume needs."""
@@ -350,13 +427,16 @@ class Trainer:
         if not self.keeps_files:
             return
         step = self.progress.step
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise TrainingFailed(f"weights are not finite after update {step}; {self.on_disk()}")
         try:
             if metadata is None:
-                state.save(self.folder, self.model, self.optimizer, self.progress)
-            else:
-                checkpoint.save(self.model, self.folder / name, self.describe() | metadata)
+                self.save_state()
+                return
+            model = self.weights()
+            if not all(torch.isfinite(p).all() for p in model.parameters()):
+                raise TrainingFailed(
+                    f"weights are not finite after update {step}; {self.on_disk()}"
+                )
+            checkpoint.save(model, self.folder / name, self.describe() | metadata)
         except OSError as error:
             raise TrainingFailed(
                 f"could not write {self.folder / name} after update {step}: "
@@ -407,9 +487,9 @@ class Trainer:
 
 
 def build(config: Config, num_classes: int) -> nn.Module:
-    """Make the network of a resolved config, with its checkpoint's weights if it names one.
+    """Make the network of a resolved config, on the CPU, with its checkpoint's weights if any.
 
-    Fresh weights are drawn on the CPU, so that a seed gives the same ones on every device.
+    Fresh weights are drawn there, too, so that a seed gives the same ones on every device.
     """
     network, settings = config.network, config.run
     model = models.create(network.model, num_classes, stem=network.stem)
@@ -418,7 +498,7 @@ def build(config: Config, num_classes: int) -> nn.Module:
     if config.schedule.loss == "sigmoid" and not (network.checkpoint and network.head == "keep"):
         nn.init.constant_(model.head.bias, SIGMOID_HEAD_BIAS)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    return model.to(settings.device, memory_format=layout)
+    return model.to(memory_format=layout)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> SGD:

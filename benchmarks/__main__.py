@@ -46,6 +46,7 @@ SUITES = {
     "data": "benchmarks.data",
     "inference": "benchmarks.inference",
     "accuracy": "benchmarks.accuracy",
+    "xla": "benchmarks.xla",
 }
 RESERVE = 3 << 29  # bytes that the largest case takes, with rivals' leftovers and fragments
 BUSY = 0.1  # cores in use by others from which a machine isn't quiet
@@ -114,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("suite", choices=[*SUITES, "all"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="small or few cases: a minute a suite")
+    parser.add_argument(
+        "--full", action="store_true", help="for xla: also R152x4 and accuracy, half an hour"
+    )
     parser.add_argument(
         "--threads",
         type=int,
@@ -198,7 +202,7 @@ def _cases(suite: str, options: argparse.Namespace) -> list[Case | Count]:
     alone = {1} if suite in ("ops", "data") else set()
     threads = [1] if on_gpu else options.threads or sorted({*alone, machine.cores()})
     default = "CUDA_DTYPES" if on_gpu else "MEASURED_DTYPES"
-    more = {"data": options.data} if suite == "accuracy" else {}
+    more = {"accuracy": {"data": options.data}, "xla": {"full": options.full}}.get(suite, {})
     found = [
         case
         for case in module.cases(

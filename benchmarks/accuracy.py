@@ -148,16 +148,20 @@ def _take(
 
 
 def train(
-    config: Config, task: Task, create: Callable[..., nn.Module] | None
+    config: Config,
+    task: Task,
+    create: Callable[..., nn.Module] | None,
+    engine: type[Trainer] = Trainer,
 ) -> tuple[list[float], float]:
     """The loss of each update, and top-1 on the test images, of one run of `bit.train`.
 
     create: what builds the network that takes the place of bit's, on bit's weights; None for bit's.
+    engine: what trains.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, run=replace(config.run, out=folder))
         config = resolve(config, num_examples=len(task.train), native_size=task.native_size)
-        trainer = Trainer(config, task)
+        trainer = engine(config, task)
         if create is not None:
             chosen = config.network
             network = create(chosen.model, len(task.classes), stem=chosen.stem)

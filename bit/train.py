@@ -324,8 +324,8 @@ class Trainer:
         an update waits once for the device: for the loss of its last forward, when the backward
         after that is on its way; the optimizer's step is then launched while the backward runs.
         """
-        schedule, settings = self.config.schedule, self.config.run
-        total_loss = torch.zeros((), device=settings.device)
+        schedule = self.config.schedule
+        total_loss: Tensor | float = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -334,7 +334,7 @@ class Trainer:
                 batch.micro(schedule.micro_batch)
             ):
                 loss = self.passes.forward(images, (labels, partners, batch.lam))
-                total_loss += loss.detach()
+                total_loss = total_loss + loss.detach()
                 reading = Reading(total_loss)  # that of the last micro-batch counts
                 self.passes.backward(loss)
             mean_loss = reading.read()

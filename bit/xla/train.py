@@ -43,7 +43,12 @@ STATE = "state"
 
 
 class XlaTrainer(Trainer):
-    """`Trainer` on XLA; what its methods are for stands there."""
+    """`Trainer` on XLA; what its methods are for stands there.
+
+    devices: how many it takes of those that there are, None = all.
+    """
+
+    devices: int | None = None
 
     @staticmethod
     def warning(config: Config, classes: int) -> str | None:
@@ -63,7 +68,7 @@ class XlaTrainer(Trainer):
         )
         self.training = Training(
             network,
-            mesh_of(devices_of(settings.device)),
+            mesh_of(devices_of(settings.device)[: self.devices]),
             batch=schedule.batch,
             micro_batch=schedule.micro_batch,
             momentum=schedule.momentum,

@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.figure
-import torch
 
 from bit.packages import missing
 

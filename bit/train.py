@@ -168,8 +168,10 @@ class Trainer:
     This one trains with PyTorch; `bit.xla.train.XlaTrainer` puts other methods in the place of
     those that say so.
 
-    config: resolved.
+    config: resolved. leads: of several processes, whether this one writes the run's files.
     """
+
+    leads = True
 
     def __init__(self, config: Config, task: Task) -> None:
         images, schedule, settings = config.images, config.schedule, config.run
@@ -261,7 +263,8 @@ class Trainer:
 
     def begin(self) -> None:
         """Make the run's folder, and go on from the state in it, where the config says so."""
-        write_config(self.folder, self.config)
+        if self.leads:
+            write_config(self.folder, self.config)
         if self.config.run.resume and self.has_state():
             self.progress = self.load_state()
             if self.progress.images != (count := len(self.task.train)):
@@ -404,13 +407,10 @@ class Trainer:
             seconds=log.seconds,
             classes=tuple(self.task.classes),
         )
-        self.conclude(result)
-        return result
-
-    def conclude(self, result: Result) -> None:
-        """Mark the run as finished."""
-        result.write()
+        if self.leads:
+            result.write()
         self.drop_state()
+        return result
 
     def save(self, log: RunLog) -> None:
         """Write last.safetensors, and the state that a resume needs."""
@@ -432,6 +432,8 @@ class Trainer:
                 self.save_state()
                 return
             model = self.weights()
+            if not self.leads:
+                return
             if not all(torch.isfinite(p).all() for p in model.parameters()):
                 raise TrainingFailed(
                     f"weights are not finite after update {step}; {self.on_disk()}"

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ OPS = sorted(functional.__all__)
 @pytest.mark.parametrize("op", OPS)
 def test_places(op):
     places = [f"bit_kernels/ops/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py"]
-    places += [f"bit_kernels/triton/{op}.py"]
+    places += [f"bit_kernels/{kind}/{op}.py" for kind in ("triton", "xla")]
+    places += [f"tests/xla/test_{op}.py"]
     # An op made of others' kernels has none of its own; it is those that are timed.
     if op != "norm_relu_conv":
         places += [f"csrc/cpu/{op}_kernel.h", f"benchmarks/ops/{op}.py"]
@@ -57,6 +60,29 @@ def test_imports_point_one_way():
     for path in (ROOT / "bit").rglob("*.py"):
         assert "benchmarks" not in imports(path), path
     assert imports(ROOT / "bit/hyperrule.py") == set()
+
+
+def test_xla_imports_no_torch():
+    for path in (ROOT / "bit_kernels/xla").rglob("*.py"):
+        assert "torch" not in imports(path), path
+
+
+def test_xla_works_without_torch():
+    pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    script = """
+import sys
+sys.modules["torch"] = None  # as where it isn't installed
+import bit_kernels.xla
+try:
+    bit_kernels.StdConv2d
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "bit_kernels.StdConv2d needs torch, which is not installed here\n", (
+        run.stderr
+    )
 
 
 def test_no_pickle_is_loaded():

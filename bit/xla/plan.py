@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, replace
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from bit import hyperrule
@@ -173,11 +174,14 @@ def compile_or_refuse(lowered: jax.stages.Lowered, question: Question) -> jax.st
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of ([\d.]+)([KMG])", str(error))
+        amount = r"\(?([\d.]+)([KMG])\)?"
+        words = rf"{amount} exceeds available HBM {amount}|[Uu]sed {amount} of {amount}"
+        found = re.search(words, str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
             raise
         units = {"K": 2**10, "M": 2**20, "G": GiB}
-        needed, limit = (float(found[i]) * units[found[i + 1]] for i in (1, 3))
+        parts = [part for part in found.groups() if part is not None]
+        needed, limit = (float(parts[i]) * units[parts[i + 1]] for i in (0, 2))
         raise TooLarge(question, needed, limit) from error
 
 
@@ -216,7 +220,7 @@ def _forward_work(network: ResNetV2, size: int) -> _Work:
     def walk(jaxpr) -> None:
         nonlocal flops, outputs
         for equation in jaxpr.eqns:
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 walk(inner)
             if equation.primitive.name in ("conv_general_dilated", "dot_general"):
                 kernel, result = equation.invars[1].aval, equation.outvars[0].aval
@@ -263,7 +267,7 @@ def text(found: Answer, recipe: Recipe | None) -> str:
         )
     for moved in compiled.collectives:
         lines.append(
-            f"{'summed' if moved.what == 'sum' else 'gathered':12} {moved.nbytes / 1e9:8.2f} GB over "
+            f"{'summed' if moved.what == 'sum' else 'gathered':12} {moved.nbytes / 1e6:8.1f} MB over "
             f"the devices, in {moved.dtype}"
         )
     lines.append(
@@ -322,7 +326,7 @@ def refusal(error: TooLarge, fitting: Answer | None) -> str:
     """By how much a step is too large, and what isn't."""
     question = error.question
     line = (
-        f"{question.model} does not fit {question.topology}: {question} take "
+        f"{question.model} does not fit {question.topology}: {question} take at least "
         f"{error.needed / GiB:.2f} GiB of {error.limit / GiB:.2f}, "
         f"{(error.needed - error.limit) / GiB:.2f} too much"
     )

@@ -105,7 +105,8 @@ def _walk(computations: dict[str, list[str]]) -> tuple[Counter, Counter]:
                 convolves = opcode in ("convolution", "dot") or any(
                     map(has_convolution, calls(line))
                 )
-                kind = "convolutions" if convolves else _kind(opcode, line)
+                fused = [inner for name in calls(line) for inner in computations.get(name, [])]
+                kind = "convolutions" if convolves else _kind(opcode, [line, *fused])
                 cycles[kind] += times * int(estimate[1])
             if opcode.removesuffix("-start") in _COLLECTIVES:
                 for dtype, nbytes in _arrays(shape, opcode).items():
@@ -118,13 +119,22 @@ def _walk(computations: dict[str, list[str]]) -> tuple[Counter, Counter]:
     return cycles, moved
 
 
-def _kind(opcode: str, line: str) -> str:
-    name = re.search(r'op_name="([^"]*)"', line)
-    scopes = re.findall(r"[\w]+", name[1]) if name else []
-    for scope, kind in _SCOPES.items():
-        if scope in scopes:
-            return kind
+def _kind(opcode: str, lines: list[str]) -> str:
+    """What an instruction that multiplies nothing is for, from its lines and those that it fuses.
+
+    A pass that updates weights and standardizes them at once is the update's.
+    """
+    innermost = {_innermost(line) for line in lines}
+    for scope in ("sgd", "standardize_weight", "group_norm_relu"):
+        if scope in innermost:
+            return _SCOPES[scope]
     return "copies" if opcode in _COPIES else "other"
+
+
+def _innermost(line: str) -> str | None:
+    """The last of our scopes in an instruction's op_name."""
+    name = line.partition('op_name="')[2].partition('"')[0]
+    return next((s for s in reversed(re.findall(r"\w+", name)) if s in _SCOPES), None)
 
 
 def _what(opcode: str, line: str) -> str:

@@ -12,10 +12,13 @@ see. The first one writes the run's files; the others log into process-N in it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,9 @@ from torch import Tensor, nn
 from bit import data, models, state
 from bit.config import Config, Run
 from bit.data.threads import in_order
-from bit.folder import write_config
 from bit.interrupt import StopSignals
 from bit.runlog import RunLog
-from bit.train import Result, Trainer, TrainingFailed, build
+from bit.train import Trainer, TrainingFailed, build
 from bit.xla import weights
 from bit.xla.models import ResNetV2
 from bit.xla.step import Batch, Training, mesh_of, put
@@ -78,7 +80,6 @@ class XlaTrainer(Trainer):
         )
         with self.memory_advice("a smaller model"):
             self.state = self.training.start(weights.from_torch(self.model))
-        self.keeps_files = self.keeps_files and self.leads
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -87,7 +88,6 @@ class XlaTrainer(Trainer):
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the run's files."""
         return jax.process_index() == 0
 
     @property
@@ -100,11 +100,6 @@ class XlaTrainer(Trainer):
 
     def agreed(self, stop: StopSignals) -> StopSignals | Agreed:
         return Agreed(stop) if jax.process_count() > 1 else stop
-
-    def begin(self) -> None:
-        if self.leads:
-            write_config(self.folder, self.config)
-        super().begin()
 
     def stream(self, start: int, total: int, log: RunLog) -> Iterator[Batch]:
         return in_order(self.placed, self.batches.iterate(start, total), workers=1)
@@ -126,7 +121,9 @@ class XlaTrainer(Trainer):
             present[:filled] = 1
         local = Batch(images, labels, partners, np.full(count, batch.lam, wide), present)
         return jax.tree.map(
-            lambda own, like: jax.make_array_from_process_local_data(like.sharding, own, like.shape),
+            lambda own, like: jax.make_array_from_process_local_data(
+                like.sharding, own, like.shape
+            ),
             local,
             training.described_batch(side),
         )
@@ -149,14 +146,6 @@ class XlaTrainer(Trainer):
 
     def weights(self) -> models.ResNetV2:
         return weights.to_torch(self.training.params(self.state), self.model)
-
-    def write(self, name: str, metadata: dict[str, Any] | None) -> None:
-        if not self.leads and metadata is not None and self.config.run.outputs == "full":
-            self.training.params(self.state)  # all processes send their part
-        if metadata is None and self.config.run.outputs == "full":
-            self.save_state()
-            return
-        super().write(name, metadata)
 
     # ---- the state of a run
 
@@ -184,25 +173,22 @@ class XlaTrainer(Trainer):
 
     def save_state(self) -> None:
         trained = {"weights": self.state.weights, "momentum": self.state.momentum}
-        self.checkpoints.save(
-            self.progress.step,
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardSave(trained),
-                progress=ocp.args.JsonSave(dataclasses.asdict(self.progress)),
-            ),
-            force=True,
-        )
-        self.checkpoints.wait_until_finished()
+        with _said_once():
+            self.checkpoints.save(
+                self.progress.step,
+                args=ocp.args.Composite(
+                    trained=ocp.args.StandardSave(trained),
+                    progress=ocp.args.JsonSave(dataclasses.asdict(self.progress)),
+                ),
+                force=True,
+            )
+            self.checkpoints.wait_until_finished()
 
     def drop_state(self) -> None:
         self.checkpoints.close()
         del self.checkpoints
         if self.leads:
             shutil.rmtree(self.folder / STATE, ignore_errors=True)
-
-    def conclude(self, result: Result) -> None:
-        if self.leads:
-            super().conclude(result)
 
 
 class Scored(nn.Module):
@@ -245,6 +231,24 @@ class Agreed:
     @property
     def signum(self) -> int:
         return self._own.signum or signal.SIGTERM
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """orbax's errors as OSError, as writing to a file has them, without what it logs of them."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        told = str(error).partition("\n")[0]
+        raise (
+            OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(told)
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def check_devices(settings: Run) -> None:

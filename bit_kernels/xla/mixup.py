@@ -53,9 +53,10 @@ def mixup(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}; it must be a floating dtype")
     count, height, width, channels = images.shape
-    h, w = (height, width) if crop is None else crop
-    if not (1 <= h <= height and 1 <= w <= width):
+    crop = (height, width) if crop is None else crop
+    if len(crop) != 2 or not (1 <= crop[0] <= height and 1 <= crop[1] <= width):
         raise ValueError(f"crop is {crop}; it must lie in (1, 1)..{(height, width)} px")
+    h, w = crop
     if corners is None:
         corners = jnp.broadcast_to(jnp.array([(height - h) // 2, (width - w) // 2]), (count, 2))
     corners, compute = jnp.asarray(corners), wide(dtype)
@@ -75,8 +76,13 @@ def mixup(
     outputs = count
     if partner is not None:
         partner = jnp.asarray(partner)
-        outputs = len(partner) if partner.ndim == 1 else -1
-        _check_integers("partner", partner, (min(outputs, count),))
+        integers = partner.ndim == 1 and jnp.issubdtype(partner.dtype, jnp.integer)
+        if not integers or partner.shape[0] > count:
+            raise ValueError(
+                f"partner is {partner.dtype} {partner.shape}; it must be integers (M,), "
+                f"M at most {count}"
+            )
+        outputs = partner.shape[0]
     lam = _spread("lam", lam, outputs, compute)[:, None, None, None]
     if partner is None:
         return normal.astype(dtype)
@@ -116,6 +122,7 @@ def mixup_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in 0..1")
     logits = logits.astype(wide(logits.dtype))
+    lam = _spread("targets' lam", lam, logits.shape[0], logits.dtype)
     scores = jax.nn.log_softmax(logits) if loss == "softmax" else logits
     first, second = (jnp.take_along_axis(scores, labels[:, None], 1)[:, 0] for labels in (a, b))
     agreement = lam * first + (1 - lam) * second

@@ -141,10 +141,7 @@ def _backward(settings, geometry, kept, grads):
         grad_kernel = kernel_gradient(normal, grad, kernel.shape, shape)
         if shape.eps is not None:
             grad_kernel = project_gradient(grad_kernel, kernel, shape.eps).astype(kernel.dtype)
-        grad_bias = None
-        if own_bias is not None:
-            grad_bias = grad.sum((0, 1, 2), dtype=wide(grad.dtype)).astype(own_bias.dtype)
-        grad_tensors.append((grad_kernel, grad_bias))
+        grad_tensors.append((grad_kernel, _bias_gradient(grad, own_bias)))
     if into_normal is None:
         into_normal = jnp.zeros_like(normal)
     grad_input, grad_weight, grad_bias = norm_backward(
@@ -164,30 +161,37 @@ def convolve(input: Array, conv: Conv) -> Array:
     """
     check_conv("conv", conv, input.shape[-1])
     shape = _Geometry(conv.stride, conv.padding, conv.dilation, conv.groups, conv.eps)
-    output = _standardized_conv(input, conv.weight, shape)
-    return output if conv.bias is None else output + conv.bias.astype(output.dtype)
+    return _standardized_conv(input, conv.weight, conv.bias, shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _standardized_conv(input, kernel, shape):
-    return _convolve(input, _kernel(kernel, shape, input.dtype), shape)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _standardized_conv(input, kernel, bias, shape):
+    output = _convolve(input, _kernel(kernel, shape, input.dtype), shape)
+    return output if bias is None else output + bias.astype(output.dtype)
 
 
-def _conv_forward(input, kernel, shape):
-    return _standardized_conv(input, kernel, shape), (input, kernel)
+def _conv_forward(input, kernel, bias, shape):
+    return _standardized_conv(input, kernel, bias, shape), (input, kernel, bias)
 
 
 def _conv_backward(shape, kept, grad):
-    input, kernel = kept
+    input, kernel, bias = kept
     used = _kernel(kernel, shape, input.dtype)
     _, transposed = jax.vjp(lambda x: _convolve(x, used, shape), input)
     grad_kernel = kernel_gradient(input, grad, kernel.shape, shape)
     if shape.eps is not None:
         grad_kernel = project_gradient(grad_kernel, kernel, shape.eps).astype(kernel.dtype)
-    return *transposed(grad), grad_kernel
+    return *transposed(grad), grad_kernel, _bias_gradient(grad, bias)
 
 
 _standardized_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _bias_gradient(grad: Array, bias: Array | None) -> Array | None:
+    """Summed in float32 or wider, as JAX's own transpose of an addition is not."""
+    if bias is None:
+        return None
+    return grad.sum((0, 1, 2), dtype=wide(grad.dtype)).astype(bias.dtype)
 
 
 def _kernel(kernel: Array, shape: _Geometry, dtype) -> Array:

@@ -45,9 +45,10 @@ def standardize_weight(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@jax.named_scope("standardize_weight")
 def _standardize_weight(weight, eps, dtype, axis_name):
-    normal, _ = _standardized(weight, eps, axis_name)
-    return normal.astype(dtype)
+    centred, rstd = _centred(weight, eps, axis_name)
+    return (centred * rstd).astype(dtype)
 
 
 def _forward(weight, eps, dtype, axis_name):
@@ -69,18 +70,17 @@ def project_gradient(
 
     rstd * (g - mean(g) - wh * mean(g * wh)) for each output channel, in float32 or wider.
     """
-    normal, rstd = _standardized(weight, eps, axis_name)
-    grad = grad.astype(normal.dtype)
-    along = _row_mean(grad * normal, axis_name)
-    return rstd * (grad - _row_mean(grad, axis_name) - normal * along)
+    centred, rstd = _centred(weight, eps, axis_name)
+    grad = grad.astype(centred.dtype)
+    # Not of the standardized weight, so that it is added up in one pass with the variance.
+    along = rstd * _row_mean(grad * centred, axis_name)
+    return rstd * (grad - _row_mean(grad, axis_name) - centred * rstd * along)
 
 
-@jax.named_scope("standardize_weight")
-def _standardized(weight, eps, axis_name):
+def _centred(weight, eps, axis_name):
     w = weight.astype(wide(weight.dtype))
     centred = w - _row_mean(w, axis_name)
-    rstd = lax.rsqrt(_row_mean(jnp.square(centred), axis_name) + eps)
-    return centred * rstd, rstd
+    return centred, lax.rsqrt(_row_mean(jnp.square(centred), axis_name) + eps)
 
 
 def _row_mean(x: Array, axis_name: str | None) -> Array:

@@ -93,7 +93,7 @@ def versions(kind: str = "cpu") -> str:
         parts.append(f"cuDNN {torch.backends.cudnn.version()}")
         driver = gpu_state.driver()
         parts += [f"driver {driver}"] if driver else []
-    rivals = ("timm", "onnxruntime", "torchvision")
+    rivals = ("timm", "onnxruntime", "torchvision", "jax", "libtpu")
     on_gpu = ("triton", "timm", "liger-kernel", "apex")
     for rival in on_gpu if kind == "cuda" else rivals:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -319,6 +319,9 @@ def report(ask: Ask) -> tuple[str, bool]:
         raise ValueError(f"memory is {ask.memory}; it must be more than 0 and finite")
     if ask.device not in ("cpu", "cuda"):
         raise ValueError(f"device is {ask.device!r}; it must be cpu or cuda")
+    for name in ("recipe", "sharded", "remat", "json", "picture"):
+        if (given := getattr(ask, name)) != getattr(Ask, name):
+            raise ValueError(f"{name} is {given!r}; it is for --topology, which isn't given")
     batch, classes = _given(ask.batch, 64), _given(ask.classes, 1000)
     dtype = ask.dtype or "float32"
     plan = account(

@@ -264,7 +264,7 @@ def devices_of(name: str) -> list:
     Raises ValueError, with what JAX says, if there are none.
     """
     if not os.environ.get("JAX_PLATFORMS"):  # else JAX would start every platform that it has
-        jax.config.update("jax_platforms", name)
+        jax.config.update("jax_platforms", name if name == "cpu" else f"{name},cpu")
     try:
         return jax.devices(name)
     except RuntimeError as error:

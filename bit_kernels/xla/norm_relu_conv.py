@@ -74,7 +74,8 @@ def norm_relu_conv(
 
     Returns:
         An array for each of `convs`, (N, H', W', C_out), in the input's dtype. The gradient of a
-        half-type kernel without `eps` is float32.
+        half-type kernel without `eps` is float32, which a `lax.scan` over it can't be
+        differentiated with: there differentiate inside the scan.
 
     Raises:
         ValueError: an argument is none of these.

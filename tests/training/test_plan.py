@@ -156,6 +156,8 @@ def test_command_line_says_fits_or_by_how_much_not(capsys):
         ("--batch 0", "images is 0; it must be at least 1"),
         ("--memory nan", "memory is nan; it must be more than 0"),
         ("--device tpu", "device is 'tpu'; it must be cpu or cuda"),
+        ("--recipe bit_m", "recipe is 'bit_m'; it is for --topology, which isn't given"),
+        ("--no-sharded", "sharded is False; it is for --topology"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_2(arguments, expected, capsys):

@@ -7,7 +7,7 @@ the work on a device; it has none for what goes between devices. Metrics:
   cycles_m, cycles_KIND_m  estimated for a step, in millions, and those of a kind of work
   peak_gib                 the most memory that a device needs
   summed_TYPE_gb           added up over the devices (gathered_TYPE_gb: sent to all)
-  compile_s                seconds of compiling here
+  compile_s                seconds of compiling here, a process started included
   cycles_over_plain, peak_over_plain
 
 `parity/DTYPE`: the largest difference of the losses of 20 updates, from the same weights on the same
@@ -15,9 +15,13 @@ batches (mixup, decay, micro-batches) between `bit.train`'s two engines, as a sh
 between 1 device and 8, DEVICES_8. `accuracy/...` (--full): top-1 on the test images by both engines.
 """
 
+import dataclasses
 import functools
+import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -144,19 +148,24 @@ def _step_figures(model: str, name: str) -> Iterator[Figure | Refusal]:
     found: dict[str, program.Program] = {}
     for provider in ("plain", "bit"):
         began = time.perf_counter()
-        try:
-            found[provider] = one = compiled_step(model, name, provider)
-        except plan.TooLarge as error:
-            yield Refusal(provider, f"does not fit: {error}", red=provider == "bit")
+        # In a process of its own: the compiler of a large step takes gigabytes and keeps some.
+        command = [sys.executable, "-m", __name__, model, name, provider]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            fits = not last.startswith("does not fit")
+            reason = f"exit code {done.returncode}: {last}" if fits else last
+            yield Refusal(provider, reason, red=fits or provider == "bit")
             continue
+        found[provider] = one = program.from_dict(json.loads(done.stdout))
         seconds = time.perf_counter() - began
         yield _exactly(provider, "cycles_m", one.total_cycles / 1e6, "million")
         for kind, cycles in one.cycles.items():
             yield _exactly(provider, f"cycles_{kind}_m", cycles / 1e6, "million")
         yield _exactly(provider, "peak_gib", one.peak / GiB, "GiB")
-        for moved in one.collectives:
-            what = "summed" if moved.what == "sum" else "gathered"
-            yield _exactly(provider, f"{what}_{moved.dtype}_gb", moved.nbytes / 1e9, "GB")
+        for what, by_type in (("summed", one.summed_in), ("gathered", one.gathered_in)):
+            for dtype, nbytes in by_type.items():
+                yield _exactly(provider, f"{what}_{dtype}_gb", nbytes / 1e9, "GB")
         yield _exactly(provider, "compile_s", seconds, "s")
     if len(found) == 2:
         plain, ours = found["plain"], found["bit"]
@@ -300,3 +309,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def main(model: str, name: str, provider: str) -> int:
+    """Print a compiled step as JSON; 1, with the reason, if it doesn't fit."""
+    try:
+        print(json.dumps(dataclasses.asdict(compiled_step(model, name, provider))))
+    except plan.TooLarge as error:
+        print(f"does not fit: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -140,7 +140,8 @@ class Run:
     dtype: Dtype = "float32"
     """float32, or bfloat16 for autocast with float32 weights (NVIDIA GPUs from Ampere on; with
     engine xla anywhere). float32 on a GPU is torch's default there: convolutions in TF32, matrix
-    products in full precision."""
+    products in full precision. On a TPU it is JAX's: factors are rounded to bfloat16 on the way into
+    the matrix unit, unless JAX_DEFAULT_MATMUL_PRECISION=highest is set."""
     sharded: bool = True
     """With engine xla: spread weights and momenta over the devices, each of which updates its part."""
     remat: bool = False
@@ -261,8 +262,11 @@ def check(config: Config) -> None:
     )
     if run.engine == "xla":
         _require(run.device in ("cpu", "cuda", "tpu"), run, "device", "cpu, cuda or tpu")
-        for name in ("compile", "cuda_graph"):
+        for name in ("compile", "cuda_graph", "deterministic"):
             _require(not getattr(run, name), run, name, "False with engine xla, which compiles all")
+        _require(
+            run.channels_last, run, "channels_last", "True with engine xla, which has no other"
+        )
         return
     _require(
         re.fullmatch(r"cpu|cuda(:\d+)?", run.device) is not None, run, "device", "cpu, cuda, cuda:N"

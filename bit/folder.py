@@ -12,6 +12,7 @@ RESUMABLE = {
     "root",
     "out",
     "resume",
+    "distributed",
     "eval_every",
     "save_every",
     "eval_batch",

@@ -169,9 +169,11 @@ class Trainer:
     those that say so.
 
     config: resolved. leads: of several processes, whether this one writes the run's files.
+    state_name: of what a resume reads, in the run's folder.
     """
 
     leads = True
+    state_name = state.FILE
 
     def __init__(self, config: Config, task: Task) -> None:
         images, schedule, settings = config.images, config.schedule, config.run
@@ -417,7 +419,7 @@ class Trainer:
         self.progress.seconds = log.seconds
         self.write("last.safetensors", {})
         self.progress.saved = self.progress.step
-        self.write(state.FILE, None)
+        self.write(self.state_name, None)
 
     def write(self, name: str, metadata: dict[str, Any] | None) -> None:
         """Write a checkpoint with `metadata`, or the state if that is None.

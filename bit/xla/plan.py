@@ -41,9 +41,9 @@ RECIPES = {
 }
 RECIPE_BATCH = 4096
 
-# Passes over a convolution's result that GroupNorm can't do without. Forward: written, read for
-# sums, read by what follows. Backward: read for sums and for the gradient; of its gradient, written,
-# read for sums, read by both gradients' convolutions.
+# Passes over a convolution's result, about, that GroupNorm can't do without. Forward: written, read
+# for sums, read by what follows. Backward: read for sums and for the gradient; of its gradient,
+# written, read for sums, read by the convolutions before it.
 ACTIVATION_PASSES = 8
 
 
@@ -74,8 +74,8 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """A step that fits. parameters: of the network. flops: multiplications and additions of its
-    convolutions and head, forward and backward, on a device. moved: bytes of a device's memory that
-    a step must read and write at least.
+    convolutions and head on a device, three times those of the forward pass. moved: bytes that a
+    step must read and write of a device's memory, about.
     """
 
     question: Question
@@ -104,11 +104,9 @@ class Answer:
 
     @property
     def link_seconds(self) -> float:
-        """Seconds of the links at their full rate: a ring sums by sending and receiving each byte
-        twice, and gathers by once, over half of a link's rate each way."""
+        """Seconds of the links at their full rate, as in a ring: each sends on one half of it."""
         share = (self.devices - 1) / self.devices
-        sent = sum(c.nbytes * (2 if c.what == "sum" else 1) for c in self.program.collectives)
-        return share * sent / (self.device.links / 2)
+        return share * sum(c.sent for c in self.program.collectives) / self.device.links
 
 
 class TooLarge(Exception):
@@ -154,9 +152,13 @@ def answer(question: Question) -> Answer:
     weights = sum(math.prod(p.shape) for p in jax.tree.leaves(step.shapes))
     item = jnp.dtype(question.dtype).itemsize
     # Kernels are read forward and backward, gradients written and read; of the update's own reads
-    # and writes a device has its share.
-    share = 1 / count if question.sharded else 1
-    kernels = weights * (3 * item + 8 + 16 * share)
+    # and writes a device has its share, where kernels are spread.
+    spread = sum(
+        math.prod(p.shape)
+        for p, s in zip(jax.tree.leaves(step.shapes), jax.tree.leaves(step.spread))
+        if s
+    )
+    kernels = weights * (3 * item + 8) + 16 * (weights - spread + spread / count)
     activations = forward.outputs * question.batch * item * ACTIVATION_PASSES
     return Answer(
         question,
@@ -268,7 +270,7 @@ def text(found: Answer, recipe: Recipe | None) -> str:
     for moved in compiled.collectives:
         lines.append(
             f"{'summed' if moved.what == 'sum' else 'gathered':12} {moved.nbytes / 1e6:8.1f} MB over "
-            f"the devices, in {moved.dtype}"
+            f"the devices, in {moved.dtype}, by {moved.how}"
         )
     lines.append(
         f"links        {found.link_seconds * 1e3:8.1f} ms at their full rate, more where it isn't "

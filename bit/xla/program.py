@@ -27,11 +27,22 @@ _SCOPES = {
 
 @dataclass(frozen=True)
 class Collective:
-    """Data of one type that goes from device to device. nbytes: of the whole array."""
+    """Data of one type that goes from device to device.
 
-    what: str  # "sum", or "gather": to every device what each has a part of
+    what: "sum", or "gather": to every device what each has a part of. how: the instruction that it
+    was compiled to; a gather may be an all-reduce of what is zero on all devices but one. nbytes: of
+    the whole array.
+    """
+
+    what: str
+    how: str
     dtype: str
     nbytes: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device of a large ring sends: an all-reduce scatters sums, then gathers."""
+        return self.nbytes * (2 if self.how == "all-reduce" else 1)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,24 @@ class Program:
     @property
     def summed_in(self) -> dict[str, int]:
         """Bytes that are summed over the devices, by type."""
-        return {c.dtype: c.nbytes for c in self.collectives if c.what == "sum"}
+        return self._bytes("sum")
+
+    @property
+    def gathered_in(self) -> dict[str, int]:
+        """Bytes that are sent to all devices, by type."""
+        return self._bytes("gather")
+
+    def _bytes(self, what: str) -> dict[str, int]:
+        found = Counter()
+        for one in self.collectives:
+            if one.what == what:
+                found[one.dtype] += one.nbytes
+        return dict(found)
+
+
+def from_dict(tree: dict) -> Program:
+    """Rebuild from `dataclasses.asdict`, by way of JSON or not."""
+    return Program(**tree | {"collectives": tuple(Collective(**c) for c in tree["collectives"])})
 
 
 def read(compiled) -> Program:
@@ -79,7 +107,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _walk(computations: dict[str, list[str]]) -> tuple[Counter, Counter]:
-    """Cycles by kind, and bytes by (what, dtype), of the entry and the loops that it runs."""
+    """Cycles by kind, and bytes by (what, how, dtype), of the entry and the loops that it runs."""
     multiplies: dict[str, bool] = {}
 
     def has_convolution(name: str) -> bool:
@@ -108,12 +136,19 @@ def _walk(computations: dict[str, list[str]]) -> tuple[Counter, Counter]:
                 fused = [inner for name in calls(line) for inner in computations.get(name, [])]
                 kind = "convolutions" if convolves else _kind(opcode, [line, *fused])
                 cycles[kind] += times * int(estimate[1])
-            if opcode.removesuffix("-start") in _COLLECTIVES:
-                for dtype, nbytes in _arrays(shape, opcode).items():
-                    moved[_what(opcode, line), dtype] += times * nbytes
+            for moving in [line, *begun_in(line)]:
+                _, shape, opcode = _INSTRUCTION.match(moving).groups()
+                if (how := opcode.removesuffix("-start")) in _COLLECTIVES:
+                    for dtype, nbytes in _arrays(shape, opcode, moving).items():
+                        moved[_what(how, moving), how, dtype] += times * nbytes
 
     def calls(line: str) -> list[str]:
         return _CALLS.findall(line)
+
+    def begun_in(line: str) -> list[str]:
+        """Of a fusion that begins a collective; those that carry it on repeat its line."""
+        fused = [inner for name in calls(line) for inner in computations.get(name, [])]
+        return fused if any("AsyncCollectiveStart" in inner for inner in fused) else []
 
     run("", 1)
     return cycles, moved
@@ -137,18 +172,29 @@ def _innermost(line: str) -> str | None:
     return next((s for s in reversed(re.findall(r"\w+", name)) if s in _SCOPES), None)
 
 
-def _what(opcode: str, line: str) -> str:
-    """A gather may be compiled as a sum of what is zero on all devices but one."""
+def _what(how: str, line: str) -> str:
     gathers = "all_gather" in line.partition('op_name="')[2].partition('"')[0]
-    return "gather" if gathers or opcode.startswith("all-gather") else "sum"
+    return "gather" if gathers or how == "all-gather" else "sum"
 
 
-def _arrays(shape: str, opcode: str) -> dict[str, int]:
-    """Bytes of the arrays in a shape, by type."""
+def _arrays(shape: str, opcode: str, line: str) -> dict[str, int]:
+    """Bytes of the arrays that a collective makes or sums, by type."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+    if opcode.endswith("-start") and opcode != "all-reduce-start":
+        arrays = [array for array in arrays if array != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]  # what goes in, then what comes out
+    parts = _group(line) if opcode.startswith("reduce-scatter") else 1
     found = Counter()
-    for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
+    for dtype, dimensions in arrays:
         sizes = [int(n) for n in dimensions.split(",") if n]
-        found[dtype] += BYTES[dtype] * math.prod(sizes)
-    if opcode in ("all-gather-start", "reduce-scatter-start"):  # what goes in and what comes out
-        return {dtype: nbytes for dtype, nbytes in found.items()}
+        found[dtype] += parts * BYTES[dtype] * math.prod(sizes)
     return found
+
+
+def _group(line: str) -> int:
+    """How many devices a collective is among: replica_groups={{0,1,...},...} or [groups,size]<=..."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if listed is None and counted is None:
+        raise ValueError(f"a collective doesn't say among which devices it is: {line.strip()}")
+    return listed[1].count(",") + 1 if listed else int(counted[1])

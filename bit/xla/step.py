@@ -4,8 +4,10 @@ Every device has all of the kernels that the network is called with, standardize
 that it computes in (`kept`). What the optimizer needs beside them, float32 weights and momenta, is
 spread over the devices, so that each updates its part and sends the new kernels to the others
 (Rajbhandari et al., ZeRO, arXiv 1910.02054, stage 1; Xu et al., arXiv 2004.13336). For R152x4 on 512
-cores that is a third of the memory and two thirds of the cycles of a step where every device
-updates everything, and moves 6 bytes a weight between devices instead of 8.
+cores that is less than half of the memory and two thirds of the cycles of a step where every device
+updates everything. Between devices a sum of rows in float32 and their kernels in bfloat16 are 6
+bytes a weight, where all sums on every device are 8; but for 256 devices and more the TPU's compiler
+makes whole sums of them (8 and 2), and on v3 also of the kernels that are sent (8 and 4).
 
 A kernel is a matrix (rows, C_out) to the optimizer and is spread by rows, where their number allows
 it: rows are whole runs of memory, so nothing is transposed on the way. Gradients are summed over
@@ -186,10 +188,13 @@ class Training:
 
         return jax.jit(self._on_each(keep, (specs,), whole), out_shardings=_places(self.state.kept))
 
+    @cached_property
+    def _whole(self) -> Callable[[Array], Array]:
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, WHOLE))
+
     def params(self, state: State) -> Tree:
         """The parameters as the network has them, whole in the host's memory; of every process."""
-        whole = NamedSharding(self.mesh, WHOLE)
-        gather = jax.jit(lambda x: x, out_shardings=whole)
+        gather = self._whole
         return jax.tree.map(
             # One at a time: a device need not hold all of them.
             lambda w, p: np.asarray(gather(w)).reshape(p.shape),

@@ -2,7 +2,8 @@
 
 Rates are public figures of the makers of each chip (Jouppi et al., CACM 63 (7), 2020, for v2 and
 v3; ISCA 2023, arXiv 2304.01433, for v4; Cloud TPU's pages for the others), the clock is the peak
-over what the matrix units do in a cycle. The memory is what the compiler lets a program have.
+over what the matrix units do in a cycle. The rates of links are the least sure: not every page says
+whether it counts one way or both. The memory is what the compiler lets a program have.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """What JAX calls a device: a core of v2, v3, v4 and 7x, a chip of the others.
+    """What JAX calls a device: a core of v2, v3 and 7x, a chip of the others.
 
     memory: bytes that a program may take. flops: a second, multiplications and additions in
-    bfloat16. bandwidth: of its memory, bytes a second. links: to other chips, both directions,
-    bytes a second. clock: cycles a second, None where it isn't known.
+    bfloat16. bandwidth: of its memory, bytes a second. links: to other chips, all together and one
+    way, bytes a second; the other way goes at the same time. clock: cycles a second, None where it isn't known.
     """
 
     generation: str
@@ -43,8 +44,8 @@ def _device(generation, memory, tera, giga, gigabits, clock, devices=1) -> Devic
     )
 
 
-# generation: memory a device in GiB; of a chip bfloat16 TFLOP/s, memory GB/s, links Gbit/s; clock
-# in GHz; devices a chip.
+# generation: memory a device in GiB; of a chip bfloat16 TFLOP/s, memory GB/s, links Gbit/s one way;
+# clock in GHz; devices a chip.
 DEVICES = {
     "v2": _device("v2", 7.48, 46, 700, 1984, 0.70, 2),
     "v3": _device("v3", 15.48, 123, 900, 2624, 0.94, 2),
@@ -52,7 +53,7 @@ DEVICES = {
     "v5e": _device("v5e", 15.75, 197, 819, 1600, 1.50),
     "v5p": _device("v5p", 95.73, 459, 2765, 4800, 1.75),
     "v6e": _device("v6e", 31.24, 918, 1640, 3584, 1.75),
-    "tpu7x": _device("tpu7x", 94.74, 2307, 7380, 9600, None, 2),
+    "tpu7x": _device("tpu7x", 94.74, 2307, 7380, 4800, None, 2),
 }
 EXAMPLES = "v2:2x2, v3:16x16, v4:8x8x8, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x1"
 

@@ -51,10 +51,11 @@ class XlaTrainer(Trainer):
     """
 
     devices: int | None = None
+    state_name = STATE
 
     @staticmethod
     def warning(config: Config, classes: int) -> str | None:
-        return None  # python -m bit.plan --topology tells, by compiling; that takes minutes
+        return None  # of TPUs python -m bit.plan --topology tells, by compiling for minutes
 
     def prepare(self) -> None:
         schedule, settings = self.config.schedule, self.config.run
@@ -100,6 +101,24 @@ class XlaTrainer(Trainer):
 
     def agreed(self, stop: StopSignals) -> StopSignals | Agreed:
         return Agreed(stop) if jax.process_count() > 1 else stop
+
+    def begin(self) -> None:
+        # The others may still be asking whether the folder is free.
+        self.meet("checked")
+        super().begin()
+        self.meet("begun")
+
+    def meet(self, where: str) -> None:
+        """Wait for the other processes."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(where)
+
+    def smaller_micro_batch(self) -> str:
+        images = self.training.passes[1]
+        if images > 1:
+            return f"--micro-batch of less than {images}, which changes results by rounding only"
+        remat = "" if self.config.run.remat else "--remat, "
+        return f"{remat}a smaller model or crop, or more devices, as each has 1 image at a time"
 
     def stream(self, start: int, total: int, log: RunLog) -> Iterator[Batch]:
         return in_order(self.placed, self.batches.iterate(start, total), workers=1)
@@ -147,6 +166,18 @@ class XlaTrainer(Trainer):
     def weights(self) -> models.ResNetV2:
         return weights.to_torch(self.training.params(self.state), self.model)
 
+    def write(self, name: str, metadata: dict[str, Any] | None) -> None:
+        error = None
+        try:
+            super().write(name, metadata)
+        except TrainingFailed as failed:
+            error = failed
+        failed = np.array(error is not None)
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(failed).any()
+        if failed:
+            raise error or TrainingFailed(f"another process could not write {self.folder / name}")
+
     # ---- the state of a run
 
     @cached_property
@@ -173,9 +204,12 @@ class XlaTrainer(Trainer):
 
     def save_state(self) -> None:
         trained = {"weights": self.state.weights, "momentum": self.state.momentum}
-        with _said_once():
+        # Numbered by saves: orbax refuses a number twice, and an update may be saved twice, when a
+        # signal comes just then. The older one goes when the newer one is whole.
+        number = self.checkpoints.latest_step()
+        with _os_error():
             self.checkpoints.save(
-                self.progress.step,
+                0 if number is None else number + 1,
                 args=ocp.args.Composite(
                     trained=ocp.args.StandardSave(trained),
                     progress=ocp.args.JsonSave(dataclasses.asdict(self.progress)),
@@ -185,8 +219,9 @@ class XlaTrainer(Trainer):
             self.checkpoints.wait_until_finished()
 
     def drop_state(self) -> None:
-        self.checkpoints.close()
-        del self.checkpoints
+        if "checkpoints" in self.__dict__:
+            self.checkpoints.close()
+            del self.checkpoints
         if self.leads:
             shutil.rmtree(self.folder / STATE, ignore_errors=True)
 
@@ -234,8 +269,8 @@ class Agreed:
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
-    """orbax's errors as OSError, as writing to a file has them, without what it logs of them."""
+def _os_error() -> Iterator[None]:
+    """What the system refuses orbax as OSError, without what orbax logs of it."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -243,10 +278,9 @@ def _said_once() -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        told = str(error).partition("\n")[0]
-        raise (
-            OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(told)
-        ) from error
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     finally:
         logger.setLevel(level)
 

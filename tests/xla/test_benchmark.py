@@ -1,6 +1,7 @@
 """The suite `xla` on steps so small that its figures mean nothing."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,10 +42,20 @@ def test_a_step_has_its_figures_table_and_picture(tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_a_refusal(monkeypatch):
+    said = SimpleNamespace(returncode=1, stderr="noise\ndoes not fit: 2.00 GiB of 1.00\n")
+    monkeypatch.setattr(xla.subprocess, "run", lambda *a, **k: said)
+    refusals = list(xla._step_figures("R152x4", "v2:2x2"))
+    assert [(r.provider, r.red) for r in refusals] == [("plain", False), ("bit", True)]
+    assert refusals[0].reason == "does not fit: 2.00 GiB of 1.00"
+    said.returncode, said.stderr = -9, ""
+    broken = next(xla._step_figures("R152x4", "v2:2x2"))
+    assert broken.red and "exit code -9" in broken.reason
+
+
+def test_the_process_of_a_step_says_why_it_has_none(monkeypatch, capsys):
     def refuse(model, name, provider):
         raise xla.plan.TooLarge(xla.plan.Question(name, model, 10, 8), 2 * xla.GiB, xla.GiB)
 
     monkeypatch.setattr(xla, "compiled_step", refuse)
-    refusals = list(xla._step_figures("R152x4", "v2:2x2"))
-    assert [(r.provider, r.red) for r in refusals] == [("plain", False), ("bit", True)]
-    assert "2.00 GiB of 1.00" in refusals[0].reason
+    assert xla.main("R152x4", "v2:2x2", "bit") == 1
+    assert capsys.readouterr().err == "does not fit: 2.00 GiB of 1.00\n"

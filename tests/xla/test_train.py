@@ -24,6 +24,9 @@ from bit.xla.train import XlaTrainer, devices_of
 ROOT = Path(__file__).parents[2]
 
 
+SAVES = {1: [4, 4], 3: [4, 8, 12]}  # updates whose state is written, by the one that is stopped in
+
+
 @pytest.fixture(scope="module")
 def dataset():
     return tiny_runs.noise()
@@ -81,6 +84,27 @@ def test_stopped_and_resumed_run_has_the_bits_of_a_straight_one(
     assert not (folder / "state").exists()
 
 
+@pytest.mark.parametrize("at", [1, 3], ids=["as_it_saves", "in_the_last_scores"])
+def test_stopped_as_it_writes_it_goes_on_all_the_same(at, straight, dataset, tmp_path, monkeypatch):
+    """The state of an update is then written twice."""
+    folder, save, saves = tmp_path / "run", XlaTrainer.save_state, []
+
+    def stopping(self):
+        save(self)
+        saves.append(self.progress.step)
+        if len(saves) == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(XlaTrainer, "save_state", stopping)
+    with pytest.raises(train.Stopped, match=f"after update {SAVES[at][-1]} of 12"):
+        train.run(tiny(folder, engine="xla"), dataset)
+    assert saves == SAVES[at]
+    monkeypatch.undo()
+    result = train.run(tiny(folder, engine="xla", resume=True), dataset)
+    assert_same_bits(weights(folder), weights(straight.folder))
+    assert result.test == straight.test and not (folder / "state").exists()
+
+
 def test_resumes_on_another_number_of_devices(straight, dataset, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     at_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
@@ -136,8 +160,22 @@ def test_a_full_disk_is_named_and_spares_the_last_checkpoint(dataset, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(XlaTrainer, "save_state", full)
-    with pytest.raises(train.TrainingFailed, match="could not write .* No space left on device"):
+    with pytest.raises(
+        train.TrainingFailed, match="could not write .*/state after .* No space left"
+    ):
         train.run(tiny(tmp_path / "run", engine="xla"), dataset)
+    assert weights(tmp_path / "run")
+
+
+def test_advice_on_memory_is_that_of_a_device(dataset, tmp_path):
+    def advice(**changes):
+        settings = tiny(tmp_path, engine="xla", **changes)
+        task = make_task(dataset, settings.images)
+        settings = config.resolve(settings, num_examples=len(task.train), native_size=8)
+        return XlaTrainer(settings, task).smaller_micro_batch()
+
+    assert advice(batch=64, micro_batch=60).startswith("--micro-batch of less than 8,")
+    assert advice(batch=8).startswith("--remat, a smaller model or crop")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +226,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, index)
 import tiny_runs
 from bit import train
 assert jax.process_count() == 2 and jax.local_device_count() == 4
-run = tiny_runs.tiny(folder, engine="xla", distributed=True, resume=True)
+run = tiny_runs.tiny(folder, engine="xla", distributed=True, resume=len(sys.argv) < 5)
 if len(sys.argv) > 4 and index == 1:  # one is told, both stop
     import signal
     from bit import hyperrule

@@ -1,8 +1,8 @@
 # Set-up, demo and tests; each target does what it needs, and little the second time.
 #
 #   make demo     pre-train and transfer a small Big Transfer network, about 2 minutes
-#   make test     every test: the CPU's, Triton's kernels by its interpreter, and where torch sees a
-#                 GPU, those on it
+#   make test     every test: the CPU's, those of JAX in a process of their own (others fork), Triton's
+#                 kernels by its interpreter, and where torch sees a GPU, those on it
 #   make test-gpu-static  every launch of R50x1 and R152x4, compiled for four GPUs that needn't be
 #                 there, within its bounds; 10 to 20 minutes
 #   make setup    what both need: .venv, dependencies, the native library
@@ -30,7 +30,8 @@ demo: $(BUILT)
 OF_GPU_KERNELS := tests/ops tests/triton
 
 test: $(BUILT)
-	$(PY) -m pytest
+	$(PY) -m pytest --ignore tests/xla
+	$(PY) -m pytest tests/xla
 	BIT_KERNELS_INTERPRET=1 $(PY) -m pytest $(OF_GPU_KERNELS)
 	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  DEVICE=cuda $(PY) -m pytest $(OF_GPU_KERNELS); fi

@@ -145,6 +145,11 @@ class Training:
         kept = jax.tree.map(lambda p: None if p.ndim == 1 else self._kept_as(p.shape), self.shapes)
         return State(matrices, matrices, kept)
 
+    @cached_property
+    def _specs(self) -> State:
+        """How the state lies on the mesh."""
+        return jax.tree.map(lambda x: x.sharding.spec, self.state)
+
     def described_batch(self, side: int) -> Batch:
         """A batch of square images as shapes, dtypes and places on the mesh."""
         float_row = self._described((self.images,), jnp.float32, SPREAD)
@@ -180,13 +185,11 @@ class Training:
 
     @cached_property
     def _keep(self) -> Callable[[Tree], Tree]:
-        specs = jax.tree.map(lambda x: x.sharding.spec, self.state.weights)
-        whole = jax.tree.map(lambda _: WHOLE, self.state.kept)
-
         def keep(weights: Tree) -> Tree:
             return self._gathered(weights, self.optimizer.init(weights))
 
-        return jax.jit(self._on_each(keep, (specs,), whole), out_shardings=_places(self.state.kept))
+        body = self._on_each(keep, (self._specs.weights,), self._specs.kept)
+        return jax.jit(body, out_shardings=_places(self.state.kept))
 
     @cached_property
     def _whole(self) -> Callable[[Array], Array]:
@@ -208,20 +211,20 @@ class Training:
 
         The state that goes in is used up.
         """
-        specs = State(*(jax.tree.map(_spec, part) for part in self.state))
-        body = self._on_each(self._update, (specs, Batch(*[SPREAD] * 5), WHOLE), (specs, WHOLE))
+        body = self._on_each(
+            self._update, (self._specs, Batch(*[SPREAD] * 5), WHOLE), (self._specs, WHOLE)
+        )
         places = _places(self.state), NamedSharding(self.mesh, WHOLE)
         return jax.jit(body, donate_argnums=0, out_shardings=places)
 
     @cached_property
     def predict(self) -> Callable[[State, Array], Array]:
         """(state, images) -> logits on every device; images (N, H, W, 3), N a multiple of them."""
-        specs = State(*(jax.tree.map(_spec, part) for part in self.state))
 
         def forward(state: State, images: Array) -> Array:
             return self.network.apply({"params": self._called_with(state)}, images)
 
-        body = self._on_each(forward, (specs, SPREAD), SPREAD)
+        body = self._on_each(forward, (self._specs, SPREAD), SPREAD)
         return jax.jit(body, out_shardings=NamedSharding(self.mesh, WHOLE))
 
     def lower(self, side: int) -> jax.stages.Lowered:
@@ -297,10 +300,6 @@ def _rows(leaf) -> int:
 
 def _matrix(leaf) -> tuple[int, ...]:
     return leaf.shape if leaf.ndim == 1 else (_rows(leaf), leaf.shape[-1])
-
-
-def _spec(described: jax.ShapeDtypeStruct) -> PartitionSpec:
-    return described.sharding.spec
 
 
 def _places(tree: Tree) -> Tree:

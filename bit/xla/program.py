@@ -192,9 +192,17 @@ def _arrays(shape: str, opcode: str, line: str) -> dict[str, int]:
 
 
 def _group(line: str) -> int:
-    """How many devices a collective is among: replica_groups={{0,1,...},...} or [groups,size]<=..."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    if listed is None and counted is None:
-        raise ValueError(f"a collective doesn't say among which devices it is: {line.strip()}")
-    return listed[1].count(",") + 1 if listed else int(counted[1])
+    """How many devices a collective is among.
+
+    replica_groups={{0,1,...},...}, [groups,size]<=... or axes of a mesh, or of a part of one:
+    mesh['data'=8] {'data':(1)2}.
+    """
+    if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line)) is not None:
+        return listed[1].count(",") + 1
+    if (counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line)) is not None:
+        return int(counted[1])
+    if (named := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}", line)) is not None:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    raise ValueError(f"a collective doesn't say among which devices it is: {line.strip()}")

@@ -214,7 +214,6 @@ class XlaTrainer(Trainer):
                     trained=ocp.args.StandardSave(trained),
                     progress=ocp.args.JsonSave(dataclasses.asdict(self.progress)),
                 ),
-                force=True,
             )
             self.checkpoints.wait_until_finished()
 

@@ -98,12 +98,13 @@ def test_no_network_is_asked():
 
 @needs_libtpu
 def test_what_does_not_fit_says_by_how_much_and_what_would(capsys):
-    arguments = ["--topology", "v2:1x1", "--model", "R14x0.125", "--classes", "10"]
-    assert command.main([*arguments, "--batch", "8192"]) == 1
+    """Weights and momenta of a large head, which fit where each device has an eighth."""
+    arguments = [*SMALL[:4], "--classes", "2000000", "--size", "64", "--batch", "1"]
+    assert command.main([*arguments, "--no-sharded"]) == 1
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("R14x0.125 does not fit v2:1x1: 8192 images a device, weights and")
+    assert first.startswith("R14x0.125 does not fit v2:2x2: 1 images a device, weights and")
     assert "GiB of 7.48, " in first and first.endswith("too much")
-    assert second.startswith("would fit: ") and "GiB" in second
+    assert second.startswith("would fit: 1 images a device, weights and momenta spread, 5.")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,21 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
   ROOT %o = f32[8,8]{1,0} copy(%k)
 }
 """
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['data'=8] {'data'}", 8),
+        ("mesh['data'=8,'model'=4], device_ids=([4,8]T(1,0)) {'data':(2)4,'model'}", 16),
+    ],
+)
+def test_groups_of_devices_are_counted(groups, size):
+    line = f"  %r = f32[4,8]{{1,0}} reduce-scatter(%k), replica_groups={groups}, dimensions={{0}}"
+    assert program._group(line) == size
 
 
 def test_a_program_is_read_as_it_stands():

@@ -218,7 +218,7 @@ def loss_curve(engine: type[Trainer], config: Config, task: Task) -> list[float]
         rate = hyperrule.learning_rate(
             step, schedule.base_lr, schedule.steps, schedule.warmup, schedule.decays
         )
-        losses.append(trainer.update(batch, rate))
+        losses.append(float(trainer.update(batch, rate)))
     return losses
 
 

@@ -14,8 +14,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import SupportsFloat, TextIO
 
 from tqdm import tqdm
 
@@ -70,6 +72,7 @@ class RunLog:
         )
         self._start, self._last_line, self._training = start, self._began, 0.0
         self._waited = 0.0
+        self._unread: Callable[[], None] | None = None
 
     def __enter__(self) -> RunLog:
         return self
@@ -85,14 +88,33 @@ class RunLog:
         """Seconds spent on the run so far, over all sittings."""
         return self._earlier + time.monotonic() - self._began
 
-    def train(self, step: int, loss: float, lr: float, waited: float) -> None:
-        """Record update number `step` (1 for the first), which waited so many s for its images."""
+    def train(self, step: int, loss: SupportsFloat, lr: float, waited: float) -> None:
+        """Record update number `step` (1 for the first), which waited so many s for its images.
+
+        A loss that is no float yet, because a device is at it, is read and recorded at the next
+        call, so that it doesn't hold up the update after it, or by `settle`.
+        """
+        self.settle()
         now = time.monotonic()
         spent = max(now - self._last_step, 1e-9)
+        self._last_step = now
+        self._unread = partial(self._trained, step, loss, lr, waited, spent)
+        if isinstance(loss, float):
+            self.settle()
+
+    def settle(self) -> None:
+        """Record an update whose loss is still to be read, if there is one."""
+        if self._unread is not None:
+            record, self._unread = self._unread, None
+            record()
+
+    def _trained(
+        self, step: int, loss: SupportsFloat, lr: float, waited: float, spent: float
+    ) -> None:
+        loss = float(loss)
         rate, share = self.batch / spent, min(waited / spent, 1.0)
         self._training += spent
         self._waited += waited
-        self._last_step = now
         self._write(
             {
                 "kind": "train",
@@ -113,6 +135,7 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix_str(f"step {step}/{self.total} loss {loss:.3f}", refresh=False)
         self._bar.update(self.batch)
+        now = time.monotonic()
         if self._bar.disable and now - self._last_line > LINE_EVERY:
             self._last_line = now
             done = step - self._start

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 if __name__ == "__main__":
     from bit.packages import require
@@ -322,10 +322,11 @@ class Trainer:
         loss = mixup_cross_entropy(logits, targets, loss=schedule.loss, reduction="sum")
         return loss / schedule.batch
 
-    def update(self, batch: Batch | LoadedBatch, lr: float) -> float:
+    def update(self, batch: Batch | LoadedBatch, lr: float) -> SupportsFloat:
         """Make one update and return its loss, the mean over the batch.
 
-        The weights stay as they are, and TrainingFailed is raised, if the loss is not finite. So
+        Another engine may return what float() waits for, and raises TrainingFailed if it isn't
+        finite. Here the weights stay as they are, and TrainingFailed is raised, if the loss is not finite. So
         an update waits once for the device: for the loss of its last forward, when the backward
         after that is on its way; the optimizer's step is then launched while the backward runs.
         """
@@ -367,6 +368,7 @@ class Trainer:
 
     def evaluate(self, log: RunLog, stop: StopSignals) -> Metrics | None:
         """Score and log the weights of now; keep them if they are the best on validation."""
+        log.settle()
         progress, val = self.progress, self.task.val
         split, name = (self.task.test, "test") if val is None else (val, "val")
         scores = self.score(split, stop)
@@ -416,6 +418,7 @@ class Trainer:
 
     def save(self, log: RunLog) -> None:
         """Write last.safetensors, and the state that a resume needs."""
+        log.settle()
         self.progress.seconds = log.seconds
         self.write("last.safetensors", {})
         self.progress.saved = self.progress.step

@@ -147,18 +147,13 @@ class XlaTrainer(Trainer):
             training.described_batch(side),
         )
 
-    def update(self, batch: Batch, lr: float) -> float:
+    def update(self, batch: Batch, lr: float) -> Loss:
+        """Start one update; the devices are at it when this returns."""
         with self.memory_advice(self.smaller_micro_batch()):
             self.state, loss = self.training.update(
                 self.state, batch, np.asarray(lr, self.training.dtype)
             )
-            loss = float(loss)
-        if not np.isfinite(loss):
-            raise TrainingFailed(
-                f"the loss is {loss} at update {self.progress.step + 1} (learning rate {lr:g}); "
-                f"{self.on_disk()}"
-            )
-        return loss
+        return Loss(self, loss, self.progress.step + 1, lr)
 
     def scored(self) -> dict[str, Any]:
         return {"model": Scored(self), "device": "cpu", "dtype": "float32"}
@@ -225,6 +220,27 @@ class XlaTrainer(Trainer):
             shutil.rmtree(self.folder / STATE, ignore_errors=True)
 
 
+class Loss:
+    """The loss of an update that the devices may still be at; float() waits for it.
+
+    Reading it an update late keeps them busy: the next one is in their queue before this one ends.
+    """
+
+    def __init__(self, trainer: XlaTrainer, value: jax.Array, step: int, lr: float) -> None:
+        value.copy_to_host_async()
+        self._trainer, self._value, self._step, self._lr = trainer, value, step, lr
+
+    def __float__(self) -> float:
+        with self._trainer.memory_advice(self._trainer.smaller_micro_batch()):
+            loss = float(self._value)
+        if not np.isfinite(loss):
+            raise TrainingFailed(
+                f"the loss is {loss} at update {self._step} (learning rate {self._lr:g}); "
+                f"{self._trainer.on_disk()}"
+            )
+        return loss
+
+
 class Scored(nn.Module):
     """The weights of now, as `bit.metrics.evaluate` calls a network: PyTorch's images and logits."""
 
@@ -249,16 +265,20 @@ class Scored(nn.Module):
 
 
 class Agreed:
-    """`StopSignals` of several processes: true in all of them as soon as it is in one.
+    """`StopSignals` of several processes: true in all of them once it is in one.
 
-    Each question is a meeting of all processes, which ask the same questions in the same order.
+    All processes ask the same questions in the same order, and every EVERY-th is a meeting: at a
+    meeting they wait for each other and for their devices, which should have work meanwhile.
     """
 
+    EVERY = 8  # an update asks twice
+
     def __init__(self, own: StopSignals) -> None:
-        self._own, self._said = own, False
+        self._own, self._said, self._asked = own, False, 0
 
     def __bool__(self) -> bool:
-        if not self._said:
+        self._asked += 1
+        if not self._said and self._asked % self.EVERY == 0:
             self._said = bool(multihost_utils.process_allgather(np.array(bool(self._own))).any())
         return self._said
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from tiny_runs import assert_same_bits, at_step, tiny, weights
 
 from bit import checkpoint, cli, config, evaluate, models, runlog, train
 from bit.config import Network
+from bit.interrupt import StopSignals
 from bit.task import make_task
 from bit.xla.step import Training
-from bit.xla.train import XlaTrainer, devices_of
+from bit.xla.train import Agreed, Loss, XlaTrainer, devices_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +105,43 @@ def test_stopped_as_it_writes_it_goes_on_all_the_same(at, straight, dataset, tmp
     result = train.run(tiny(folder, engine="xla", resume=True), dataset)
     assert_same_bits(weights(folder), weights(straight.folder))
     assert result.test == straight.test and not (folder / "state").exists()
+
+
+def test_next_update_starts_before_the_last_loss_is_read(dataset, tmp_path, monkeypatch):
+    """But for the updates that an evaluation follows, of weights whose loss must be finite."""
+    events, update, read = [], XlaTrainer.update, Loss.__float__
+
+    def updating(self, *given):
+        events.append(("update", self.progress.step + 1))
+        return update(self, *given)
+
+    def reading(self):
+        events.append(("read", self._step))
+        return read(self)
+
+    monkeypatch.setattr(XlaTrainer, "update", updating)
+    monkeypatch.setattr(Loss, "__float__", reading)
+    monkeypatch.setattr(XlaTrainer, "score", lambda self, *_: events.append(("score",)))
+    with pytest.raises(AttributeError):  # of a last evaluation that gives no scores
+        train.run(tiny(tmp_path / "run", engine="xla", steps=6), dataset)
+    u, r = (lambda step: ("update", step)), (lambda step: ("read", step))
+    first = [u(1), u(2), r(1), u(3), r(2), u(4), r(3), r(4), ("score",)]
+    assert events[: len(first)] == first
+    assert events[len(first) : len(first) + 5] == [u(5), u(6), r(5), r(6), ("score",)]
+
+
+def test_several_processes_meet_at_every_eighth_question(monkeypatch):
+    meetings = []
+
+    def gather(flag):
+        meetings.append(bool(flag))
+        return np.array([flag, len(meetings) == 3])  # the other one is told at the third
+
+    monkeypatch.setattr("bit.xla.train.multihost_utils.process_allgather", gather)
+    agreed = Agreed(StopSignals())
+    answers = [bool(agreed) for _ in range(40)]
+    assert answers == [False] * 23 + [True] * 17 and meetings == [False] * 3
+    assert agreed.signum == signal.SIGTERM
 
 
 def test_resumes_on_another_number_of_devices(straight, dataset, tmp_path, monkeypatch):
@@ -276,8 +315,10 @@ def two_processes(folder, *more):
 def test_two_processes_train_as_one_and_stop_together(straight, dataset, tmp_path):
     folder = tmp_path / "run"
     first, second = two_processes(folder, "stop")
-    assert "stopped by SIGTERM after update 6 of 12" in first
-    assert "stopped by SIGTERM after update 6 of 12" in second
+    stops = [
+        re.search(r"stopped by SIGTERM after update (\d+) of 12", said) for said in (first, second)
+    ]
+    assert 6 <= int(stops[0][1]) == int(stops[1][1]) < 12
     told = {said.splitlines()[-1] for said in two_processes(folder)}
     assert len(told) == 1 and told.pop().startswith("top1 ")
     losses, other, alone = (

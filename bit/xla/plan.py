@@ -2,8 +2,8 @@
 
 `python -m bit.plan --topology v3:16x16 --recipe bit_m --model R152x4` is this; bit/plan.py has the
 command line. Nothing is run and no network is asked. Memory is the compiler's own accounting, which
-refuses what doesn't fit; cycles are its estimates, by which it chooses, and not measured. It has none
-for what goes between devices: that is counted in bytes, and in time at the links' full rate.
+refuses what doesn't fit; cycles are its estimates, by which it chooses, and not measured. It has
+none for what goes between devices: that is counted in bytes, and in time at the links' full rate.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Question:
             "weights and momenta spread" if self.sharded else "weights and momenta on every one"
         )
         again = ", units run again in backward (--remat)" if self.remat else ""
-        return f"{self.batch} images a device, {spread}{again}"
+        images = "1 image" if self.batch == 1 else f"{self.batch} images"
+        return f"{images} a device, {spread}{again}"
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,8 @@ def text(found: Answer, recipe: Recipe | None) -> str:
         )
     for moved in compiled.collectives:
         lines.append(
-            f"{'summed' if moved.what == 'sum' else 'gathered':12} {moved.nbytes / 1e6:8.1f} MB over "
-            f"the devices, in {moved.dtype}, by {moved.how}"
+            f"{'summed' if moved.what == 'sum' else 'gathered':12} {moved.nbytes / 1e6:8.1f} MB "
+            f"over the devices, in {moved.dtype}, by {moved.how}"
         )
     lines.append(
         f"links        {found.link_seconds * 1e3:8.1f} ms at their full rate, more where it isn't "

@@ -22,7 +22,8 @@ class Device:
 
     memory: bytes that a program may take. flops: a second, multiplications and additions in
     bfloat16. bandwidth: of its memory, bytes a second. links: to other chips, all together and one
-    way, bytes a second; the other way goes at the same time. clock: cycles a second, None where it isn't known.
+    way, bytes a second; the other way goes at the same time. clock: cycles a second, None where it
+    isn't known.
     """
 
     generation: str

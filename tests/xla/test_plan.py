@@ -102,9 +102,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys):
     arguments = [*SMALL[:4], "--classes", "2000000", "--size", "64", "--batch", "1"]
     assert command.main([*arguments, "--no-sharded"]) == 1
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("R14x0.125 does not fit v2:2x2: 1 images a device, weights and")
+    assert first.startswith("R14x0.125 does not fit v2:2x2: 1 image a device, weights and")
     assert "GiB of 7.48, " in first and first.endswith("too much")
-    assert second.startswith("would fit: 1 images a device, weights and momenta spread, 5.")
+    assert second.startswith("would fit: 1 image a device, weights and momenta spread, 5.")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ convolutions of backward. Gradients of kernels come out of the matrix unit in fl
 kernels in bfloat16, so that what follows (a sum over devices above all) loses nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -136,8 +136,7 @@ def _backward(settings, geometry, kept, grads):
             continue
         kernel, own_bias = own
         used = _kernel(kernel, shape, normal.dtype)
-        _, transposed = jax.vjp(lambda a: _convolve(a, used, shape), normal)  # noqa: B023
-        (into,) = transposed(grad)
+        into = input_gradient(grad, used, normal, shape)
         into_normal = into if into_normal is None else into_normal + into
         grad_kernel = kernel_gradient(normal, grad, kernel.shape, shape)
         if shape.eps is not None:
@@ -177,12 +176,11 @@ def _conv_forward(input, kernel, bias, shape):
 
 def _conv_backward(shape, kept, grad):
     input, kernel, bias = kept
-    used = _kernel(kernel, shape, input.dtype)
-    _, transposed = jax.vjp(lambda x: _convolve(x, used, shape), input)
+    grad_input = input_gradient(grad, _kernel(kernel, shape, input.dtype), input, shape)
     grad_kernel = kernel_gradient(input, grad, kernel.shape, shape)
     if shape.eps is not None:
         grad_kernel = project_gradient(grad_kernel, kernel, shape.eps).astype(kernel.dtype)
-    return *transposed(grad), grad_kernel, _bias_gradient(grad, bias)
+    return grad_input, grad_kernel, _bias_gradient(grad, bias)
 
 
 _standardized_conv.defvjp(_conv_forward, _conv_backward)
@@ -214,6 +212,32 @@ def _convolve(input: Array, kernel: Array, shape: _Geometry) -> Array:
     )
 
 
+def input_gradient(grad: Array, kernel: Array, input: Array, geometry: _Geometry) -> Array:
+    """The gradient of a convolution's input from that of its result."""
+
+    def transposed(grad: Array, kernel: Array) -> Array:
+        return jax.linear_transpose(lambda x: _convolve(x, kernel, geometry), input)(grad)[0]
+
+    def plain(grad: Array, kernel: Array) -> Array:
+        padding = []
+        for axis in (0, 1):
+            window = geometry.dilation[axis] * (kernel.shape[axis] - 1) + 1
+            low = window - 1 - geometry.padding[axis]
+            reach = geometry.stride[axis] * (grad.shape[1 + axis] - 1) + 1
+            padding.append((low, input.shape[1 + axis] + window - 1 - reach - low))
+        return lax.conv_general_dilated(
+            grad,
+            kernel[::-1, ::-1].transpose(0, 1, 3, 2),
+            (1, 1),
+            padding,
+            lhs_dilation=geometry.stride,
+            rhs_dilation=geometry.dilation,
+            dimension_numbers=DIMENSIONS,
+        )
+
+    return _of_a_convolution(plain, transposed, geometry, grad, kernel)
+
+
 def kernel_gradient(input: Array, grad: Array, shape: Sequence[int], geometry: _Geometry) -> Array:
     """The gradient of a kernel of `shape` from that of the result: sums in float32 or wider.
 
@@ -226,16 +250,38 @@ def kernel_gradient(input: Array, grad: Array, shape: Sequence[int], geometry: _
         reach = geometry.stride[axis] * (grad.shape[1 + axis] - 1) + 1
         window = dilation * (shape[axis] - 1) + 1
         padding.append((low, window + reach - 1 - input.shape[1 + axis] - low))
-    return lax.conv_general_dilated(
-        input,
-        grad,
-        geometry.dilation,
-        padding,
-        rhs_dilation=geometry.stride,
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        batch_group_count=geometry.groups,
-        preferred_element_type=wide(input.dtype),
-    )
+
+    def convolved(input: Array, grad: Array, dimensions: Sequence[str]) -> Array:
+        return lax.conv_general_dilated(
+            input,
+            grad,
+            geometry.dilation,
+            padding,
+            rhs_dilation=geometry.stride,
+            dimension_numbers=dimensions,
+            batch_group_count=geometry.groups,
+            preferred_element_type=wide(input.dtype),
+        )
+
+    def transposed(input: Array, grad: Array) -> Array:
+        return convolved(input, grad, ("CHWN", "IHWO", "HWNC"))
+
+    def plain(input: Array, grad: Array) -> Array:
+        found = convolved(input.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3), DIMENSIONS)
+        return found.transpose(1, 2, 0, 3)
+
+    return _of_a_convolution(plain, transposed, geometry, input, grad)
+
+
+def _of_a_convolution(plain: Callable, transposed: Callable, geometry: _Geometry, *arrays) -> Array:
+    """One of two ways to the same: `plain` has the dimensions of a forward pass, by transposes.
+
+    In a loop, as over micro-batches, XLA's CPU has fast code for that way alone (the other one is
+    up to 60 times slower), and elsewhere the choice is the compiler's.
+    """
+    if geometry.groups > 1:
+        return transposed(*arrays)
+    return lax.platform_dependent(*arrays, cpu=plain, default=transposed)
 
 
 def check_conv(name: str, conv: Conv, channels: int) -> None:

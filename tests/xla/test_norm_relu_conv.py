@@ -1,5 +1,7 @@
 """norm_relu_conv and convolve of JAX: against plain float64 code; what they keep; transformed."""
 
+import importlib
+import re
 from collections import Counter
 
 import jax
@@ -26,6 +28,9 @@ from xla_checking import (
 from bit_kernels import reference
 from bit_kernels.ops import norm_relu_conv as of_pytorch
 from bit_kernels.xla import Conv, Norm, convolve, norm_relu_conv
+
+# The function of that name hides the module.
+norm_relu_conv_module = importlib.import_module("bit_kernels.xla.norm_relu_conv")
 
 # Why each is here: (input, groups, convolutions as (kh, kw, C_out) and what else there is of them);
 # a None is the input itself.
@@ -94,6 +99,37 @@ def make(sample, dtype=torch.float64, eps=1e-10, relu=True, without=()):
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_matches_reference(sample, dtype):
     assert_as_reference(*make(sample, dtype))
+
+
+@pytest.mark.parametrize("sample", [name for name in SAMPLES if name != "depthwise"])
+def test_dimensions_of_other_platforms(sample, monkeypatch):
+    """A CPU has its own way to gradients; here it takes the other one."""
+    taken = []
+
+    def other(*arrays, cpu, default):
+        taken.append(default)
+        return default(*arrays)
+
+    monkeypatch.setattr(norm_relu_conv_module.lax, "platform_dependent", other)
+    assert_as_reference(*make(sample))
+    assert taken or sample == "grouped"
+
+
+def test_a_loop_on_a_cpu_has_convolutions_as_forward():
+    """Of other dimensions they are slow there, up to 60 times."""
+    ours, _, tensors, grads = make("strided", torch.float32)
+    given, grad = to_jax([tensors, grads[0]])
+
+    def total(given, inputs):
+        def add(sum, input):
+            return sum + (ours(**given | {"input": input})[0] * grad).sum(), None
+
+        return jax.lax.scan(add, jnp.zeros(()), inputs)[0]
+
+    inputs = jnp.stack([given["input"]] * 3)
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(given, inputs).compile().as_text()
+    found = set(re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", compiled))
+    assert found == {"b01f_01io->b01f"}
 
 
 @pytest.mark.parametrize(
@@ -222,9 +258,10 @@ def test_empty_batch():
     assert not any(x.any() for x in found)
 
 
-def test_transformed():
+@pytest.mark.parametrize("sample", ["grouped", "strided"])
+def test_transformed(sample):
     """Under checkpoint, and differentiated for each sample: the same numbers."""
-    ours, _, tensors, grads = make("grouped")
+    ours, _, tensors, grads = make(sample)
     with x64(torch.float64):
         given, grads = to_jax([tensors, grads[0]])
 

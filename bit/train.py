@@ -326,9 +326,10 @@ class Trainer:
         """Make one update and return its loss, the mean over the batch.
 
         Another engine may return what float() waits for, and raises TrainingFailed if it isn't
-        finite. Here the weights stay as they are, and TrainingFailed is raised, if the loss is not finite. So
-        an update waits once for the device: for the loss of its last forward, when the backward
-        after that is on its way; the optimizer's step is then launched while the backward runs.
+        finite. Here the weights stay as they are, and TrainingFailed is raised, if the loss is not
+        finite. So an update waits once for the device: for the loss of its last forward, when the
+        backward after that is on its way; the optimizer's step is then launched while the backward
+        runs.
         """
         schedule = self.config.schedule
         total_loss: Tensor | float = 0.0

@@ -11,8 +11,8 @@ the work on a device; it has none for what goes between devices. Metrics:
   cycles_over_plain, peak_over_plain
 
 `parity/DTYPE`: the largest difference of the losses of 20 updates, from the same weights on the same
-batches (mixup, decay, micro-batches) between `bit.train`'s two engines, as a share of the loss; and
-between 1 device and 8, DEVICES_8. `accuracy/...` (--full): top-1 on the test images by both engines.
+batches (mixup, decay, micro-batches) between `bit.train`'s two engines, as a share of the loss
+(`xla`), and between 1 device and 8 (`xla_8_devices`). `accuracy/...` (--full): top-1 on the test images by both engines.
 """
 
 import dataclasses

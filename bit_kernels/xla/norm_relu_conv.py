@@ -235,7 +235,7 @@ def input_gradient(grad: Array, kernel: Array, input: Array, geometry: _Geometry
             dimension_numbers=DIMENSIONS,
         )
 
-    return _of_a_convolution(plain, transposed, geometry, grad, kernel)
+    return _by_platform(plain, transposed, geometry, grad, kernel)
 
 
 def kernel_gradient(input: Array, grad: Array, shape: Sequence[int], geometry: _Geometry) -> Array:
@@ -270,14 +270,14 @@ def kernel_gradient(input: Array, grad: Array, shape: Sequence[int], geometry: _
         found = convolved(input.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3), DIMENSIONS)
         return found.transpose(1, 2, 0, 3)
 
-    return _of_a_convolution(plain, transposed, geometry, input, grad)
+    return _by_platform(plain, transposed, geometry, input, grad)
 
 
-def _of_a_convolution(plain: Callable, transposed: Callable, geometry: _Geometry, *arrays) -> Array:
+def _by_platform(plain: Callable, transposed: Callable, geometry: _Geometry, *arrays) -> Array:
     """One of two ways to the same: `plain` has the dimensions of a forward pass, by transposes.
 
-    In a loop, as over micro-batches, XLA's CPU has fast code for that way alone (the other one is
-    up to 60 times slower), and elsewhere the choice is the compiler's.
+    In a loop, as over micro-batches, XLA has fast code for that way alone on a CPU; elsewhere the
+    choice is the compiler's.
     """
     if geometry.groups > 1:
         return transposed(*arrays)

@@ -116,7 +116,7 @@ def test_dimensions_of_other_platforms(sample, monkeypatch):
 
 
 def test_a_loop_on_a_cpu_has_convolutions_as_forward():
-    """Of other dimensions they are slow there, up to 60 times."""
+    """Of other dimensions they are many times slower there."""
     ours, _, tensors, grads = make("strided", torch.float32)
     given, grad = to_jax([tensors, grads[0]])
 
